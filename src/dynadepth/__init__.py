@@ -1,0 +1,62 @@
+"""Dynamic depth for pretrained transformers: routers that decide, per input, which sublayers run."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynadepth.methods import DepthConfig, MindSkipConfig, StaticConfig
+    from dynadepth.model import (
+        attach,
+        detach,
+        disabled,
+        fixed_routes,
+        is_attached,
+        load,
+        routing_of,
+        save,
+        set_budget,
+    )
+    from dynadepth.routing.decision import KeepRatio, Site
+    from dynadepth.routing.recorder import recording
+
+_WHERE = {
+    "DepthConfig": "methods",
+    "MindSkipConfig": "methods",
+    "StaticConfig": "methods",
+    "KeepRatio": "routing.decision",
+    "Site": "routing.decision",
+    "recording": "routing.recorder",
+    **dict.fromkeys(
+        ("attach", "detach", "disabled", "fixed_routes", "is_attached", "load", "routing_of", "save", "set_budget"), "model"
+    ),
+}
+
+__all__ = [
+    "DepthConfig",
+    "KeepRatio",
+    "MindSkipConfig",
+    "Site",
+    "StaticConfig",
+    "attach",
+    "detach",
+    "disabled",
+    "fixed_routes",
+    "is_attached",
+    "load",
+    "recording",
+    "routing_of",
+    "save",
+    "set_budget",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and transformers at the first use of a name, not at `import dynadepth`."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dynadepth' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"dynadepth.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

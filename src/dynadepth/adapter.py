@@ -1,0 +1,112 @@
+"""Routers on disk: one JSON file that says what they are and for which model, one safetensors file with their tensors."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynadepth.errors import AdapterError
+
+CONFIG, WEIGHTS = "routing_config.json", "routers.safetensors"
+FORMAT = 1
+SAMPLE = 512
+"""Weights a layer whose signs go into the fingerprint."""
+
+
+def identity(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, Any]:
+    """What tells one model from another: its shape, and a fingerprint of its weights that no change of dtype alters.
+
+    The fingerprint is the SHA-256 of the signs of `SAMPLE` weights of each layer's largest matrix.
+    """
+    config = model.config.get_text_config(decoder=True)
+    digest = hashlib.sha256()
+    for layer in layers:
+        parameters = [p for name, p in layer.named_parameters() if "depth_router" not in name and "lora_" not in name]
+        flat = max(parameters, key=lambda p: p.numel()).detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+        digest.update(bytes((sample > 0).to(torch.uint8).tolist()))
+    shape = {name: getattr(config, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return {"name": name, **shape, "fingerprint": digest.hexdigest()[:16]}
+
+
+def check_identity(directory: Path, made_for: dict[str, Any], model: dict[str, Any], strict: bool) -> None:
+    """Raises AdapterError naming both models where they differ in shape, or (`strict`) in weights."""
+    names = f"The routers in {directory} were made for {made_for.get('name')!r}, not for {model['name']!r}"
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if made_for.get(key) != model[key]:
+            raise AdapterError(f"{names}: {key} is {made_for.get(key)!r} there and {model[key]!r} here.")
+    if strict and made_for.get("fingerprint") != model["fingerprint"]:
+        raise AdapterError(
+            f"{names}: the fingerprint of the weights is {made_for.get('fingerprint')} there and {model['fingerprint']} "
+            "here; load(..., strict=False) accepts other weights of the same shape."
+        )
+
+
+def write(directory: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Writes both files; a crash or a full disk leaves what was there before."""
+    from safetensors.torch import save as serialise
+
+    blob = serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    document = {"format": FORMAT, **data, "sha256": hashlib.sha256(blob).hexdigest()}
+    text = json.dumps(document, indent=2) + "\n"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        atomically(directory / WEIGHTS, lambda path: path.write_bytes(blob))
+        atomically(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise AdapterError(f"No space left to save the routers in {directory}: free some, or choose another folder.") from error
+        raise AdapterError(f"The routers cannot be saved in {directory}: {error.strerror or error}.") from error
+    return directory
+
+
+def atomically(path: Path, write_to: Callable[[Path], Any]) -> None:
+    """Writes beside `path` and then moves into place; on failure nothing of the new content stays."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_to(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The document and the tensors, or AdapterError saying what is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialise
+
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise AdapterError(f"{directory} holds no routers: {name} is missing.")
+    try:
+        document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        found = int(document["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{directory / CONFIG} is damaged ({error}): save the routers again.") from error
+    if found > FORMAT:
+        raise AdapterError(
+            f"{directory} has format {found}, this version reads up to {FORMAT}: upgrade with pip install -U dynadepth."
+        )
+    blob = (directory / WEIGHTS).read_bytes()
+    if hashlib.sha256(blob).hexdigest() != document.get("sha256"):
+        raise AdapterError(
+            f"{directory / WEIGHTS} is truncated or was changed (its SHA-256 is not the one in {CONFIG}): save the routers again."
+        )
+    for key in ("config", "base_model"):
+        if not isinstance(document.get(key), dict):
+            raise AdapterError(f"{directory / CONFIG} is damaged (no {key!r}): save the routers again.")
+    try:
+        return document, deserialise(blob)
+    except SafetensorError as error:
+        raise AdapterError(f"{directory / WEIGHTS} is damaged ({error}): save the routers again.") from error

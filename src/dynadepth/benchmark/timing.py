@@ -1,0 +1,184 @@
+"""Interleaved timing: several models do the same work in turns, so that drift of the machine hits all of them alike.
+
+One round prefills every model and then decodes with all of them, token by token in turn, each on its own filled cache.
+The tokens fed while decoding are the text's own, so that all models read the same. The order of the models rotates.
+
+Shape suffixes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from dynadepth.architectures import decoder_layers
+from dynadepth.benchmark.memory import cache_bytes
+from dynadepth.routing.cache import RoutedCache
+
+
+@dataclass
+class Samples:
+    """Seconds of one model in one cell, a sample a round (prefill, generate) or a token step (decode)."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    generate: list[float] = field(default_factory=list)
+    kv_bytes: dict[str, int] = field(default_factory=dict)
+    """Held by the cache after the prefill and after the last step."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A prompt and the tokens that follow it: `ids_BT` holds `context + new_tokens` of them, on the model's device."""
+
+    ids_BT: Tensor
+    context: int
+
+    @property
+    def new_tokens(self) -> int:
+        return self.ids_BT.shape[1] - self.context
+
+    def prefill(self, model: PreTrainedModel) -> Cache:
+        """The whole context at once, logits of the last token only, as `generate` does."""
+        return self._forward(model, None, 0, self.context)
+
+    def step(self, model: PreTrainedModel, cache: Cache, index: int) -> None:
+        """Token `index` after the context; the cache grows by one."""
+        self._forward(model, cache, self.context + index, self.context + index + 1)
+
+    def generate(self, model: PreTrainedModel) -> None:
+        """`generate()` of `new_tokens` tokens from the context, greedy, never stopping early."""
+        ids, n = self.ids_BT[:, : self.context], self.new_tokens
+        pad = model.generation_config.pad_token_id
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0 if pad is None else pad,
+        )
+        assert out.shape[1] == self.context + n
+
+    def _forward(self, model: PreTrainedModel, cache: Cache | None, start: int, end: int) -> Cache:
+        mask = torch.ones_like(self.ids_BT[:, :end])
+        ids = self.ids_BT[:, start:end]
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.past_key_values
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    work: Work,
+    *,
+    repeats: int,
+    generate: Sequence[str] = (),
+    progress: Callable[[str], object] | None = None,
+) -> dict[str, Samples]:
+    """Times prefill and decode of all models, and `generate()` of those named, after an untimed warm-up of each.
+
+    Every cache is checked to hold the context before its first step, and all tokens after the last one.
+    """
+    samples = {name: Samples() for name in models}
+    device = work.ids_BT.device
+    with torch.no_grad(), _quiet_collector():
+        for round_ in range(-1, repeats):  # round -1 warms up
+            if progress is not None and round_ >= 0:
+                progress(f"round {round_ + 1} of {repeats}")
+            steps = work.new_tokens if round_ >= 0 else min(work.new_tokens, 2)
+            caches: dict[str, Cache] = {}
+            for name in _rotated(models, round_):
+                seconds, caches[name] = _timed(lambda name=name: work.prefill(models[name]), device)
+                if round_ >= 0:
+                    samples[name].prefill.append(seconds)
+                check_length(models[name], caches[name], work.context)
+                samples[name].kv_bytes["prefill"] = held_bytes(caches[name])
+            for index in range(steps):
+                for name in _rotated(models, index):
+                    call = lambda name=name: work.step(models[name], caches[name], index)  # noqa: B023, E731
+                    seconds, _ = _timed(call, device)
+                    if round_ >= 0:
+                        samples[name].decode.append(seconds)
+            for name, cache in caches.items():
+                check_length(models[name], cache, work.context + steps)
+                samples[name].kv_bytes["decode"] = held_bytes(cache)
+            caches.clear()
+            for name in _rotated(generate, round_):
+                seconds, _ = _timed(lambda name=name: work.generate(models[name]), device)
+                if round_ >= 0:
+                    samples[name].generate.append(seconds)
+    return samples
+
+
+def check_length(model: PreTrainedModel, cache: Cache, length: int) -> None:
+    """Asserts that a cache is really filled: it answers `length`, and each layer that stores keys stores that many."""
+    if isinstance(cache, RoutedCache):
+        assert cache.seen == length, f"the cache saw {cache.seen} tokens, not {length}"
+        return
+    filled = [layer for layer in cache.layers if layer.keys is not None]
+    assert len(filled) in (len(decoder_layers(model)), 0), "a layer of the cache was left empty"
+    for layer in filled:
+        window = layer.sliding_window if getattr(layer, "is_sliding", False) else length + 1
+        assert layer.get_seq_length() == length, f"the cache answers {layer.get_seq_length()} tokens, not {length}"
+        assert layer.keys.shape[-2] == min(length, window - 1), f"{layer.keys.shape[-2]} keys for {length} tokens"
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of keys and values in a cache: of a routed one those of executed rows and tokens."""
+    return cache.kv_bytes() if isinstance(cache, RoutedCache) else cache_bytes(cache)
+
+
+def median(values: Sequence[float]) -> float | None:
+    """The median, or None of nothing."""
+    return statistics.median(values) if values else None
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Interquartile range over median; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, mid, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / mid
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    _synchronise(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronise(device)
+    return time.perf_counter() - start, result
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _rotated(names: Mapping[str, Any] | Sequence[str], by: int) -> list[str]:
+    order = list(names)
+    shift = by % len(order) if order else 0
+    return order[shift:] + order[:shift]
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """No garbage collection in the middle of a sample."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

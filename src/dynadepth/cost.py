@@ -1,0 +1,190 @@
+"""What sublayers cost, by formula: FLOPs and key-value bytes, read off a model's modules and configuration.
+
+FLOPs are those of matrix products, a multiply-add counted as two, as PyTorch's own counter does; norms, activations,
+softmax, rotary embeddings and residual adds are left out. Scores and values are counted as eager attention computes
+them: all of the rectangle queries × keys, masked entries included, with the keys that the cache still holds (a sliding
+window keeps its last `window - 1`). Of experts those count that a token is sent to. Embedding look-ups are free and
+the language-modelling head stands apart.
+
+Legend: `tokens` new tokens of one sequence after `past` cached ones; keys = tokens + cached ones in sight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from dynadepth.architectures import decoder_layers, spec_for
+from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.model import routing_of
+from dynadepth.routing.decision import Site
+from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.skip_path import AbstractSkipPath
+
+PARTS = {"attention": ("attention",), "mlp": ("mlp",), "block": ("attention", "mlp")}
+"""The sublayers of each target."""
+
+
+class Share(NamedTuple):
+    """What routing spends over what the dense model spends: on the routed target's sublayers, and on all of the model."""
+
+    target: float
+    model: float
+
+
+@dataclass(frozen=True)
+class SublayerCost:
+    """One sublayer's sizes; costs are methods of the work at hand. Counts per token are multiply-adds."""
+
+    weights: int
+    """Multiply-adds a token through weight matrices."""
+
+    key_value_weights: int = 0
+    """Those of them that make keys and values."""
+
+    scores: int = 0
+    """Multiply-adds per query and key: heads × (dimension of a key + dimension of a value)."""
+
+    cached: int = 0
+    """Elements of keys and values stored a token."""
+
+    window: int | None = None
+    """Tokens in sight of a query, itself included; None for all."""
+
+    def keys(self, tokens: float, past: int) -> float:
+        """Keys that `tokens` queries are multiplied with."""
+        return tokens + (past if self.window is None else min(past, self.window - 1))
+
+    def flops(self, tokens: int, past: int) -> int:
+        """Of the dense sublayer."""
+        return 2 * tokens * (self.weights + self.scores * int(self.keys(tokens, past)))
+
+    def flops_by_token(self, keep: float, tokens: int, past: int, project: bool) -> float:
+        """Expected FLOPs where each token executes with probability `keep`, before and now.
+
+        `project`: the others' keys and values are made too, and seen by those that execute; else they are not there.
+        """
+        keys = self.keys(tokens, past) * (1.0 if project else keep)
+        skipped = self.key_value_weights * (1.0 - keep) if project else 0.0
+        return 2 * tokens * (keep * (self.weights + self.scores * keys) + skipped)
+
+    def stored(self, length: int) -> int:
+        """Elements in the cache after `length` tokens."""
+        return self.cached * (length if self.window is None else min(length, self.window - 1))
+
+
+def sublayer_costs(model: PreTrainedModel) -> list[dict[str, SublayerCost]]:
+    """`"attention"` and `"mlp"` of every decoder layer, in order; routers and skip paths are not in them."""
+    spec, config = spec_for(model), model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config).layers  # knows each layer's window
+    costs = []
+    for index, layer in enumerate(decoder_layers(model)):
+        attention, held = getattr(layer, spec.attention), cache[index]
+        window = held.sliding_window if getattr(held, "is_sliding", False) else None
+        mlp = SublayerCost(_weights(getattr(layer, spec.mlp), config))
+        costs.append({"attention": _attention_cost(attention, config, window), "mlp": mlp})
+    return costs
+
+
+def flops(model: PreTrainedModel, target: str, layer: int, tokens: int, past: int = 0) -> int:
+    """FLOPs of one dense sublayer (both of a layer for `block`) for one sequence. Raises `ConfigError` if unknown."""
+    if target not in PARTS:
+        raise ConfigError(f"unknown target {target!r}.{did_you_mean(target, PARTS)} Known: {', '.join(PARTS)}")
+    costs = sublayer_costs(model)
+    if not 0 <= layer < len(costs):
+        raise ConfigError(f"layer {layer} does not exist: the model's layers are 0 to {len(costs) - 1}")
+    return sum(costs[layer][part].flops(tokens, past) for part in PARTS[target])
+
+
+def head_flops(model: PreTrainedModel, tokens: int = 1) -> int:
+    """FLOPs of the language-modelling head for the `tokens` whose logits are computed (1 in generation)."""
+    head = model.get_output_embeddings()
+    return 0 if head is None else 2 * tokens * _weights(head, model.config)
+
+
+def router_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
+    """FLOPs of all routers for one sequence: every token at `token` granularity, one pooled vector at the prefill else."""
+    routing = routing_of(model)
+    decisions = tokens if routing.config.granularity == "token" else int(past == 0)
+    return 2 * decisions * sum(_weights(r, model.config, False) for r in routing.routers().values())
+
+
+def flops_share(
+    model: PreTrainedModel, keep: Mapping[Site, float], tokens: int, past: int = 0, scored: int = 1
+) -> Share:
+    """FLOPs of the routed model over those of the dense one, routers, skip paths and kept projections included.
+
+    `keep`: share executed per site, as in `record.site_keep()`; sites not named execute always. `scored`: tokens whose
+    logits are computed, for the model's share. At `token` granularity attention is taken as executing each token
+    independently with that probability, so that without projected keys both queries and keys shrink.
+    """
+    config, costs = routing_of(model).config, sublayer_costs(model)
+    by_token, project = config.granularity == "token", getattr(config, "kv_policy", "drop") == "project"
+    parts = PARTS[config.target]
+    dense = {part: sum(cost[part].flops(tokens, past) for cost in costs) for part in ("attention", "mlp")}
+    dense_target = sum(dense[part] for part in parts)
+
+    saved = -float(router_flops(model, tokens, past))
+    for site, share in keep.items():
+        for part in PARTS[site.target]:
+            cost = costs[site.layer][part]
+            full = cost.flops(tokens, past)
+            saved += full - (cost.flops_by_token(share, tokens, past, project) if by_token else share * full)
+        saved -= (1.0 - share) * 2 * tokens * _skip_path_weights(model, site)
+    dense_model = sum(dense.values()) + head_flops(model, scored)
+    return Share(1.0 - saved / dense_target, 1.0 - saved / dense_model)
+
+
+def kv_bytes(model: PreTrainedModel, layer: int, length: int, batch: int = 1) -> int:
+    """Bytes of one dense layer's keys and values after `length` tokens, in the model's dtype."""
+    return batch * sublayer_costs(model)[layer]["attention"].stored(length) * model.dtype.itemsize
+
+
+def kv_share(model: PreTrainedModel, keep: Mapping[Site, float], length: int) -> float:
+    """KV bytes of the routed model over those of the dense one; `project` stores all of them at `token` granularity."""
+    config = routing_of(model).config
+    stored = [cost["attention"].stored(length) for cost in sublayer_costs(model)]
+    if config.granularity == "token" and getattr(config, "kv_policy", "drop") == "project":
+        return 1.0
+    saved = sum((1.0 - k) * stored[site.layer] for site, k in keep.items() if "attention" in PARTS[site.target])
+    return 1.0 - saved / sum(stored)
+
+
+def _attention_cost(attention: nn.Module, config: Any, window: int | None) -> SublayerCost:
+    own = getattr(attention, "config", config)
+    heads = own.num_attention_heads
+    key_value_heads = getattr(own, "num_key_value_heads", None) or heads
+    sizes = (getattr(holder, name, None) for holder in (attention, own) for name in ("head_dim", "head_size"))
+    head_dim = next((size for size in sizes if size), own.hidden_size // heads)
+    width = key_value_heads * 2 * head_dim
+    return SublayerCost(_weights(attention, own), own.hidden_size * width, heads * 2 * head_dim, width, window)
+
+
+def _weights(module: nn.Module, config: Any, skip_own: bool = True) -> int:
+    """Multiply-adds a token through the weight matrices of `module` and its children.
+
+    A linear layer (low-rank adapters are made of them) or a gate's matrix is applied to every token; a 3-D stack of
+    experts to the `top_k` that the token is sent to. Routers and skip paths inside count only if not `skip_own`.
+    """
+    if skip_own and isinstance(module, (AbstractRouter, AbstractSkipPath)):
+        return 0
+    if isinstance(module, nn.Linear):  # of a quantised one the weight's own shape may be packed
+        return module.in_features * module.out_features
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+    stacks = [p for p in matrices if p.dim() == 3]
+    if stacks:  # 2-D parameters beside them are the experts' biases
+        top_k = getattr(module, "top_k", None) or config.num_experts_per_tok
+        own = sum(top_k * p.shape[1] * p.shape[2] for p in stacks)
+    else:
+        own = sum(p.numel() for p in matrices)
+    return own + sum(_weights(child, config, skip_own) for child in module.children())
+
+
+def _skip_path_weights(model: PreTrainedModel, site: Site) -> int:
+    """Multiply-adds a token of the skip path of a site."""
+    paths = getattr(routing_of(model), "skip_paths", None)
+    return 0 if paths is None else _weights(paths()[site], model.config, False)

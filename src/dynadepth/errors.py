@@ -1,0 +1,52 @@
+"""Errors a user can meet. Each message is one clear sentence: the offending value, and the way out.
+
+The command line turns every `DynadepthError` into that sentence and exit code 2; anything else is a bug and
+keeps its traceback. All are `ValueError`s, so library users need no import to catch them.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DynadepthError(ValueError):
+    """Base of every error raised for something the user can change."""
+
+
+class ConfigError(DynadepthError):
+    """A configuration value is out of range, unknown, or contradicts another."""
+
+
+class UnsupportedModelError(DynadepthError):
+    """The model's architecture cannot be routed as asked; the message says what was tried and why it failed."""
+
+
+class UnsupportedCacheError(DynadepthError):
+    """This generation mode or cache cannot hold routed state; the message names one that can."""
+
+
+class AdapterError(DynadepthError):
+    """Saved routers are missing, damaged, from a newer format, or made for another model."""
+
+
+class DataError(DynadepthError):
+    """A data file is missing, empty, malformed at a line, or has no known columns."""
+
+
+class BudgetError(DynadepthError):
+    """A budget is outside (0, 1] or beyond what the routed sites can reach."""
+
+
+class TuningError(DynadepthError):
+    """Tuning cannot go on (the loss turned NaN, no sample fits, ...); the last good state is kept."""
+
+
+class ModelNotFoundError(DynadepthError):
+    """A model name, folder or hub id cannot be resolved, or a download does not match its checksum."""
+
+
+def did_you_mean(value: str, known: Iterable[str], n: int = 3) -> str:
+    """`" Did you mean 'x' or 'y'?"` for the known names nearest to `value`, or `""` where none is near."""
+    near = difflib.get_close_matches(value, list(known), n=n, cutoff=0.5)
+    if not near:
+        return ""
+    return " Did you mean " + " or ".join(repr(name) for name in near) + "?"

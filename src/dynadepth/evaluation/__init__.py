@@ -1,0 +1,170 @@
+"""Scoring: perplexity, divergence from the dense model, and tasks through lm-evaluation-harness.
+
+`evaluate` does all of it and answers with what `dynadepth eval --json` writes, provenance apart. Tasks need the extra
+`eval`; perplexity does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadepth.errors import ConfigError
+from dynadepth.evaluation.files import read_text
+from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity
+from dynadepth.evaluation.statistics import paired_bootstrap
+from dynadepth.model import disabled, is_attached
+from dynadepth.routing.recorder import Recorder, recording
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynadepth.evaluation.tasks import TaskResult
+
+__all__ = ["Divergence", "Perplexity", "divergence", "evaluate", "paired_bootstrap", "perplexity", "read_text"]
+
+_perplexity = perplexity  # `evaluate` has an argument of that name
+Progress = Callable[[str], object]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Iterable[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    perplexity: Iterable[str | Path] = (),
+    compare_dense: bool = False,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores a model as it stands: routed where routers are attached, else dense.
+
+    `tasks`: stems of the files in `task_data`, or names of lm-evaluation-harness without it, or the bundled `questions`;
+    `limit` takes their first rows. `perplexity`: text files, of which `max_windows` takes the first windows. With
+    `compare_dense` the dense model is scored on the same rows and tokens, which gives `dense`, `kl`, `agreement` and, per
+    task, `diff_vs_dense`: a 95 % paired bootstrap interval (from `seed`) of the usual metric's difference. `progress` is
+    given a line after each batch, for a status line. A model without routers is its own dense model.
+
+    Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
+    (prefill), `flops_share` and `kv_share` those of the whole model, for sequences of their mean length.
+
+    Raises `DataError` for files and names that cannot be scored, `ConfigError` where there is nothing to do.
+    """
+    names, files = list(tasks), [str(file) for file in perplexity]
+    if not names and not files:
+        raise ConfigError("there is nothing to score: name at least one task or one file for perplexity.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}.")
+    texts = {file: read_text(file) for file in files}  # before anything slow, so that a bad name costs nothing
+    suite = _Suite(model, tokenizer, names, task_data, batch_size, progress) if names else None
+
+    compare = compare_dense and is_attached(model)
+    measured: dict[str, Perplexity] = {}
+    divergences: dict[str, Divergence] = {}
+    with recording() as record, _mean_length(model) as mean_length:
+        results = suite.run(limit) if suite else {}
+        for file, text in texts.items():
+            options = {"batch_size": max(1, batch_size // 2), "max_windows": max_windows, "progress": _said(progress, file)}
+            if compare_dense:
+                divergences[file] = divergence(model, tokenizer, text, **options)
+                measured[file] = divergences[file].routed
+            else:
+                measured[file] = _perplexity(model, tokenizer, text, **options)
+    out = _block(results, measured)
+    out |= {"dense": None, "kl": None, "agreement": None}
+    if compare_dense:
+        dense = results
+        if suite and compare:
+            with disabled(model):
+                dense = suite.run(limit)
+        for name, result in results.items():
+            rows = result.rows, dense[name].rows
+            interval = paired_bootstrap(*rows, seed=seed) if rows[0] and len(rows[0]) == len(rows[1]) else None
+            out["tasks"][name]["diff_vs_dense"] = interval and list(interval)
+        out["dense"] = _block(dense, {file: d.dense for file, d in divergences.items()})
+        count = sum(d.n_tokens for d in divergences.values())
+        if count:
+            out["kl"] = sum(d.kl * d.n_tokens for d in divergences.values()) / count
+            out["agreement"] = sum(d.agreement * d.n_tokens for d in divergences.values()) / count
+    return out | _spent(model, record, mean_length())
+
+
+class _Suite:
+    """The tasks, and the model wrapped for the harness: made once, run once a variant."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        names: list[str],
+        data: str | Path | None,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> None:
+        from dynadepth.evaluation.tasks import load_tasks, quietly
+
+        self.tasks = load_tasks(names, data)
+        from dynadepth.evaluation.lm_eval import DynadepthLM
+
+        with quietly():
+            self.lm = DynadepthLM(
+                model, tokenizer=tokenizer, batch_size=batch_size, progress=_said(progress, ", ".join(names))
+            )
+
+    def run(self, limit: int | None) -> dict[str, TaskResult]:
+        from dynadepth.evaluation.tasks import run_tasks
+
+        return run_tasks(self.lm, self.tasks, limit)
+
+
+def _block(results: Mapping[str, TaskResult], measured: Mapping[str, Perplexity]) -> dict[str, Any]:
+    """The keys that routed and dense have in common."""
+    values = [result.value for result in results.values() if result.value is not None]
+    return {
+        "tasks": {name: result.as_dict() for name, result in results.items()},
+        "average": sum(values) / len(values) if values else None,
+        "perplexity": {file: asdict(figures) for file, figures in measured.items()},
+    }
+
+
+def _spent(model: Any, record: Recorder, length: int) -> dict[str, Any]:
+    keep = record.keep_ratio("prefill") if is_attached(model) else None
+    if keep is None:
+        return {"keep_ratio": None, "flops_share": None, "kv_share": None}
+    from dynadepth.cost import flops_share, kv_share
+
+    sites = record.site_keep("prefill")
+    return {
+        "keep_ratio": {"routed": keep.routed, "all": keep.all},
+        "flops_share": flops_share(model, sites, length).model,
+        "kv_share": kv_share(model, sites, length),
+    }
+
+
+@contextmanager
+def _mean_length(model: Any) -> Iterator[Callable[[], int]]:
+    """Counts the real tokens of every prefill of `model` in the block; the function gives their mean a sequence."""
+    counts = [0, 0]
+
+    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is not None and mask is not None and ids.shape == mask.shape:
+            counts[0] += int(mask.sum())
+            counts[1] += len(ids)
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield lambda: max(1, round(counts[0] / max(1, counts[1])))
+    finally:
+        handle.remove()
+
+
+def _said(progress: Progress | None, what: str) -> Progress | None:
+    return None if progress is None else lambda line: progress(f"{what}: {line}")

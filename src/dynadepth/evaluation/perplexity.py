@@ -1,0 +1,219 @@
+"""Perplexity of a text, and how far routing moves the model from itself: KL(dense‖routed) and top-1 agreement.
+
+The protocol: the text is cut into consecutive windows of `window` tokens. The first `prompt` of a window are its prompt:
+a sequence-level router may pool them, and they are not scored; the `window - prompt` after them are. Every variant, the
+dense model included, thus scores the same tokens after the same contexts. What is left after the last whole window is not
+used. A tokenizer that starts every text with special tokens (Gemma's `<bos>`) starts every window with them, inside its
+prompt: such models are lost without.
+
+Shape suffixes: B windows of a batch, T tokens, N scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynadepth.errors import ConfigError, DataError
+from dynadepth.evaluation.scoring import Scorer, States, log_prob_chunks, pair_log_probs
+from dynadepth.model import disabled, is_attached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WINDOW, PROMPT = 1024, 256
+SHORTEST = 8
+"""Fewer tokens than this are no text to score."""
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of the scored tokens: `ppl` = exp(`nll`), `nll` in nats a token, and their number."""
+
+    ppl: float
+    nll: float
+    n_tokens: int
+
+    @classmethod
+    def of(cls, total_nll: float, n_tokens: int) -> Perplexity:
+        """From the summed negative log-likelihood in nats."""
+        nll = total_nll / n_tokens
+        return cls(math.exp(nll) if nll < 700 else math.inf, nll, n_tokens)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Routed against dense on the same scored tokens."""
+
+    kl: float
+    """KL(dense‖routed), nats a token."""
+
+    agreement: float
+    """Share of the tokens where both find the same next token most likely."""
+
+    n_tokens: int
+    routed: Perplexity
+    dense: Perplexity
+
+
+def perplexity(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = WINDOW,
+    prompt: int = PROMPT,
+    batch_size: int = 4,
+    max_windows: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of `text` under `model` as it stands: routed where routers are attached and enabled, else dense.
+
+    `max_windows` takes the first windows only; `progress` is given a line after each batch. A text shorter than one window
+    is one shorter window with a quarter as its prompt, which a warning says. Raises `DataError` for fewer than 8 tokens,
+    `ConfigError` for a window or prompt that makes no sense.
+    """
+    windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
+    total, count = 0.0, 0
+    with _eval_mode(model):
+        scorer = Scorer(model, is_attached(model))
+        for ids_BT in _batches(windows_NT, batch_size, progress):
+            ids_BT = ids_BT.to(model.device)
+            states = _run(scorer, ids_BT, prompt)
+            targets_N = ids_BT[:, prompt:].flatten()
+            log_probs_N, _ = pair_log_probs(
+                states.states_BTD, states.to_logits, torch.arange(len(targets_N), device=ids_BT.device), targets_N
+            )
+            total -= log_probs_N.double().sum().item()
+            count += len(targets_N)
+    return Perplexity.of(total, count)
+
+
+@torch.no_grad()
+def divergence(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = WINDOW,
+    prompt: int = PROMPT,
+    batch_size: int = 4,
+    max_windows: int | None = None,
+    progress: Progress | None = None,
+) -> Divergence:
+    """KL, agreement, and both perplexities of a routed model, each forward made once; arguments as for `perplexity`.
+
+    A model without routers is its own dense model: KL 0, agreement 1.
+    """
+    if not is_attached(model):
+        alone = perplexity(
+            model,
+            tokenizer,
+            text,
+            window=window,
+            prompt=prompt,
+            batch_size=batch_size,
+            max_windows=max_windows,
+            progress=progress,
+        )
+        return Divergence(0.0, 1.0, alone.n_tokens, alone, alone)
+    windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
+    kl = agree = routed_nll = dense_nll = 0.0
+    count = 0
+    with _eval_mode(model):
+        scorer = Scorer(model, True)
+        for ids_BT in _batches(windows_NT, batch_size, progress):
+            ids_BT = ids_BT.to(model.device)
+            routed = _run(scorer, ids_BT, prompt)
+            with disabled(model):
+                dense = _run(scorer, ids_BT, prompt)
+            targets_N = ids_BT[:, prompt:].flatten()
+            pairs = zip(
+                log_prob_chunks(routed.states_BTD, routed.to_logits),
+                log_prob_chunks(dense.states_BTD, dense.to_logits),
+                strict=True,
+            )
+            for (start, routed_NV), (_, dense_NV) in pairs:
+                targets_N1 = targets_N[start : start + len(routed_NV), None]
+                routed_nll -= routed_NV.gather(1, targets_N1).double().sum().item()
+                dense_nll -= dense_NV.gather(1, targets_N1).double().sum().item()
+                agree += (routed_NV.argmax(-1) == dense_NV.argmax(-1)).sum().item()
+                kl += (dense_NV.exp() * (dense_NV - routed_NV)).sum(-1).double().sum().item()
+            count += len(targets_N)
+    return Divergence(
+        kl / count, agree / count, count, Perplexity.of(routed_nll, count), Perplexity.of(dense_nll, count)
+    )
+
+
+def cut(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    window: int = WINDOW,
+    prompt: int = PROMPT,
+    max_windows: int | None = None,
+    positions: int | None = None,
+) -> tuple[Tensor, int]:
+    """The windows of `text`, int64 `[windows, window]`, and the length of their prompts.
+
+    Both lengths shrink, with a warning, where the text is shorter than a window or the model has fewer `positions`.
+    """
+    if not 0 < prompt < window:
+        raise ConfigError(f"a window of {window} tokens cannot have a prompt of {prompt}: use 0 < prompt < window.")
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"max_windows must be at least 1, got {max_windows}.")
+    probe = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = probe[0][: len(probe[0]) - len(probe[1])] if probe[0][-len(probe[1]) :] == probe[1] else []
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    longest = min(len(ids) + len(special), positions or window)
+    if longest < SHORTEST:
+        raise DataError(f"the text has {longest} tokens, too few to score: give at least {SHORTEST}.")
+    if longest < window:
+        why = "the model has no more positions" if longest == positions else "the text has no more tokens"
+        prompt = max(1, longest // 4)
+        warnings.warn(
+            f"windows of {longest} tokens with a prompt of {prompt} are scored instead of {window}: {why}.", stacklevel=3
+        )
+        window = longest
+    step = window - len(special)
+    starts = range(0, len(ids) - step + 1, step)[:max_windows]
+    return torch.tensor([special + ids[start : start + step] for start in starts]), prompt
+
+
+def _run(scorer: Scorer, ids_BT: Tensor, prompt: int) -> States:
+    """States of the positions that predict the scored tokens, flattened to `[N, D]`."""
+    prompt_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    prompt_BT[:, :prompt] = True
+    states = scorer(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), prompt_BT)
+    return States(states.states_BTD[:, prompt - 1 : -1].flatten(0, 1), states.to_logits)
+
+
+def _batches(windows_NT: Tensor, batch_size: int, progress: Progress | None) -> Iterator[Tensor]:
+    for start in range(0, len(windows_NT), batch_size):
+        yield windows_NT[start : start + batch_size]
+        if progress is not None:
+            progress(f"{min(start + batch_size, len(windows_NT))} of {len(windows_NT)} windows")
+
+
+def _positions(model: Any) -> int | None:
+    """Longest input of the model, where its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Without dropout and on the sparse path; the mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

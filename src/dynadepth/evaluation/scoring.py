@@ -1,0 +1,136 @@
+"""Log-probabilities of chosen tokens, without a `[B, T, V]` tensor ever existing.
+
+With vocabularies of 49k to 262k entries the logits dwarf the model, and scoring looks at few of them. So the language
+model head runs apart from the backbone: a forward keeps the hidden states that enter the head, and the head is then
+applied to the scored positions alone, a chunk at a time, each chunk in float32.
+
+Shape suffixes: B rows, T tokens, D features entering the head, V vocabulary, N scored positions, P (position, token)
+pairs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Most elements of a float32 logits chunk: 64 MiB."""
+
+Finish = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class States:
+    """What one forward leaves behind: `states_BTD`, and the function that turns rows of it into logits `[.., V]`."""
+
+    states_BTD: Tensor
+    to_logits: Callable[[Tensor], Tensor]
+
+
+class Scorer:
+    """Runs a causal language model for its states.
+
+    What the model does to the head's output (nothing, a soft cap, a scale) is not trusted to a name: the first forward
+    compares the candidates with the model's own logits bit for bit, and where none fits, whole logits are taken.
+    """
+
+    def __init__(self, model: Any, takes_prompt_mask: bool) -> None:
+        self.model = model
+        self.takes_prompt_mask = takes_prompt_mask
+        """Whether the model is routed: only then its forward knows `prompt_mask`."""
+        self._finish: Finish | None = None
+        self._whole_logits = False
+
+    @torch.no_grad()
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor, prompt_BT: Tensor) -> States:
+        """`mask_BT` bool: real tokens; `prompt_BT` bool: those that a sequence-level router may pool."""
+        inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT.long(), "use_cache": False}
+        if self.takes_prompt_mask:
+            inputs["prompt_mask"] = prompt_BT
+        head = self.model.get_output_embeddings()
+        if head is not None and not self._whole_logits:
+            with _Tap(head) as tap:
+                logits = self.model(**inputs).logits
+            if self._finish is None and tap.raw is not None:
+                self._finish = _find_finish(self.model.config, tap.raw, logits)
+            if self._finish is not None and tap.entered is not None:
+                finish = self._finish
+                return States(tap.entered, lambda states: finish(head(states)))
+        self._whole_logits = True
+        return States(self.model(**inputs).logits, lambda states: states)
+
+
+class _Tap:
+    """While entered, keeps what goes into the head and lets only the last position through, in this thread."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        self.head = head
+        self.entered: Tensor | None = None
+        self.raw: Tensor | None = None
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> _Tap:
+        self._handles = [self.head.register_forward_pre_hook(self._before), self.head.register_forward_hook(self._after)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != self._thread or not args:
+            return None
+        self.entered = args[0]
+        return (args[0][:, -1:], *args[1:])
+
+    def _after(self, _: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        if threading.get_ident() == self._thread:
+            self.raw = output
+
+
+def _find_finish(config: Any, raw: Tensor, logits: Tensor) -> Finish | None:
+    """What turns the head's output `raw` into the model's `logits` (`[B, 1, V]` both), or None if unknown."""
+    config = config.get_text_config()
+    candidates: list[Finish] = []
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        candidates.append(lambda x: torch.tanh(x / cap) * cap)
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        candidates.append(lambda x: x / divisor)
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        candidates.append(lambda x: x * factor)
+    candidates.append(lambda x: x)  # last: on small logits a soft cap may round to nothing
+    return next((finish for finish in candidates if torch.equal(finish(raw), logits)), None)
+
+
+def log_prob_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first position, float32 log-probabilities `[n, V]`) over all N positions, a chunk at a time."""
+    n = len(states_ND)
+    vocabulary = to_logits(states_ND[:1]).shape[-1] if n else 1
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    for start in range(0, n, size):
+        yield start, to_logits(states_ND[start : start + size]).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def pair_log_probs(
+    states_ND: Tensor, to_logits: Callable[[Tensor], Tensor], positions_P: Tensor, tokens_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For each pair (position in `states_ND`, token): its log-probability, float32 `[P]`, and whether no token beats
+    it, bool `[P]`. A position may stand in several pairs, and costs once."""
+    order_P = positions_P.argsort()
+    sorted_P = positions_P[order_P]
+    log_probs_P = torch.empty(len(tokens_P), dtype=torch.float32, device=states_ND.device)
+    top_P = torch.empty(len(tokens_P), dtype=torch.bool, device=states_ND.device)
+    for start, chunk_NV in log_prob_chunks(states_ND, to_logits):
+        bounds = torch.tensor([start, start + len(chunk_NV)], device=positions_P.device)
+        first, last = torch.searchsorted(sorted_P, bounds).tolist()
+        chosen = order_P[first:last]
+        rows, tokens = positions_P[chosen] - start, tokens_P[chosen]
+        log_probs_P[chosen] = chunk_NV[rows, tokens]
+        top_P[chosen] = chunk_NV.argmax(-1)[rows] == tokens
+    return log_probs_P, top_P

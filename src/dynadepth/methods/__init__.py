@@ -1,0 +1,7 @@
+"""One file per method: its configuration, its router and its auxiliary loss. The configuration's type is the method."""
+
+from dynadepth.methods.config import DepthConfig, config_from_dict
+from dynadepth.methods.mindskip import MindSkipConfig
+from dynadepth.methods.static import StaticConfig
+
+__all__ = ["DepthConfig", "MindSkipConfig", "StaticConfig", "config_from_dict"]

@@ -1,0 +1,77 @@
+"""`DepthConfig`: what every method's configuration states, and how it is read back from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.routing.decision import RoutingTrace, Site
+from dynadepth.routing.granularity import granularity_named
+from dynadepth.routing.registry import named_subclass
+from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.target import target_named
+
+KV_POLICIES = ("project", "drop")
+
+
+@dataclass(frozen=True)
+class DepthConfig(ABC):
+    """What is routed, in which units. Subclasses (one a method) add their settings; `name` is the method's name."""
+
+    name: ClassVar[str]
+
+    target: str = "attention"
+    """`attention`, `mlp` or `block`."""
+    granularity: str = "sequence"
+    """`sequence` or `token`."""
+    layers: tuple[int, ...] | None = None
+    """Routed layers, None: the method's default for the model's depth."""
+    kv_policy: str = "project"
+    """`token` granularity: are keys and values of skipped tokens still computed (`project`) or left out (`drop`)?"""
+
+    def __post_init__(self) -> None:
+        target_named(self.target)
+        granularity_named(self.granularity)
+        if self.kv_policy not in KV_POLICIES:
+            raise ConfigError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}.")
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            if not layers or len(set(layers)) != len(layers) or any(type(i) is not int for i in layers):
+                raise ConfigError(f"layers must be distinct whole numbers, at least one, not {list(layers)!r}.")
+            object.__setattr__(self, "layers", tuple(sorted(layers)))
+
+    def default_layers(self, n_layers: int) -> tuple[int, ...]:
+        """Layers routed where `layers` is None."""
+        return tuple(range(n_layers))
+
+    @abstractmethod
+    def build_router(self, site: Site, hidden_size: int) -> AbstractRouter:
+        """A new router for one site."""
+
+    def depth_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None:
+        """The method's auxiliary loss of one forward: float32 scalar; `weights` `[B]` sum to one over the optimiser step."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the method's name; read back by `config_from_dict`."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def config_from_dict(data: dict[str, Any]) -> DepthConfig:
+    """The configuration written by `to_dict`. Unknown methods and settings are errors that name the near ones."""
+    values = dict(data)
+    method = str(values.pop("method", ""))
+    kind = named_subclass(DepthConfig, method, package="dynadepth.methods")
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"Method {method!r} has no setting {key!r}.{did_you_mean(key, known)}")
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = tuple(value)
+    return kind(**values)

@@ -1,0 +1,323 @@
+"""Attaching routers to an ordinary pretrained model, taking them off, saving and loading them, and moving their budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynadepth import adapter
+from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for, text_config
+from dynadepth.architectures import probe as probing
+from dynadepth.errors import AdapterError, BudgetError, ConfigError, UnsupportedModelError
+from dynadepth.methods import DepthConfig, config_from_dict
+from dynadepth.routing.calibration import Calibration
+from dynadepth.routing.context import Injection, carrying_context, disabling, injecting
+from dynadepth.routing.decision import Site
+from dynadepth.routing.forward import RoutedModel
+from dynadepth.routing.granularity import Granularity, granularity_named
+from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.sublayer import ROUTER, RoutedSublayer, SublayerState, restore_class, swap_class
+from dynadepth.routing.target import Target, target_named
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class Routing:
+    """What is attached to a model: its configuration, its sites, and how its budgets were calibrated."""
+
+    config: DepthConfig
+    spec: ArchitectureSpec
+    target: Target
+    granularity: Granularity
+    n_layers: int
+    sites: tuple[Site, ...]
+    states: dict[Site, SublayerState] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    budget: float | None = None
+    """The budget last set, of all sublayers of the target; None: the routers' own thresholds."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    trainable_before: tuple[str, ...] = ()
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers whose cache holds executed tokens with their positions."""
+        sparse = self.granularity.name == "token" and self.target.keeps_kv and self.config.kv_policy == "drop"
+        return tuple(site.layer for site in self.sites) if sparse else ()
+
+    def routers(self) -> dict[Site, AbstractRouter]:
+        """The router of each site."""
+        return {site: state.router for site, state in self.states.items()}
+
+    def keep_of(self, budget: float) -> float:
+        """The keep ratio of the routed sites that a budget of all sublayers of the target asks for."""
+        return (budget * self.n_layers - (self.n_layers - len(self.sites))) / len(self.sites)
+
+    def lowest_budget(self) -> float:
+        """The budget at which every routed site skips everything."""
+        return (self.n_layers - len(self.sites)) / self.n_layers
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, under a PeftModel if there is one."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else None
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers PreTrainedModel (or a PeftModel around one): nothing to route."
+        )
+    return base
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Does the model have routers?"""
+    return isinstance(unwrapped(model), RoutedModel)
+
+
+def routing_of(model: nn.Module) -> Routing:
+    """The model's routing; UnsupportedModelError where nothing is attached."""
+    base = unwrapped(model)
+    if not isinstance(base, RoutedModel):
+        raise UnsupportedModelError(f"{type(base).__name__} has no routers: call dynadepth.attach(model, config) first.")
+    return base.depth_routing
+
+
+def attach(model: M, config: DepthConfig) -> M:
+    """Routes a pretrained model in place and returns it.
+
+    The backbone is frozen (a PeftModel keeps its own choice of trainable parameters); the new routers are trainable, float32.
+    Parameter names do not change. Raises UnsupportedModelError where the probe finds that the model cannot be routed as
+    asked (it is left as it was), ConfigError for a layer that does not exist or a model that is already routed.
+    """
+    base = unwrapped(model)
+    if is_attached(base):
+        raise ConfigError(f"{type(base).__name__} is already routed: dynadepth.detach(model) first.")
+    spec = spec_for(base)
+    layers = decoder_layers(base, spec)
+    routing = _plan(base, config, spec, len(layers))
+    modules = [routing.target.module(layers[site.layer], spec) for site in routing.sites]
+    indices = [site.layer for site in routing.sites]
+    with probing.quietly(base):
+        attentions = [getattr(layers[i], spec.attention) for i in indices]
+        bare = probing.observe(base, [*modules, *(m for m in attentions if m not in modules)])
+        probing.check_zero_is_identity(base, spec, indices)
+        device_dtype = next(base.parameters())
+        for site, module, attention in zip(routing.sites, modules, attentions, strict=True):
+            output = bare.outputs[module]
+            state = SublayerState(
+                owner=routing,
+                site=site,
+                router=config.build_router(site, text_config(base).hidden_size).to(_device_of(module, device_dtype)),
+                granularity=routing.granularity,
+                target=routing.target,
+                kv_policy=config.kv_policy,
+                config=text_config(base),
+                extras=len(output) - 1 if isinstance(output, tuple) else None,
+            )
+            if not routing.granularity.sticky and routing.target.keeps_kv and config.kv_policy == "project":
+                is_block = module is not attention
+                state.project = probing.kv_projector(base, spec, bare, site.layer, attention, is_block)
+            routing.states[site] = state
+    _install(base, routing, modules, freeze=base is model)
+    try:
+        with probing.quietly(base), injecting(routing, {}):
+            probing.check_same(base, bare, probing.ask(base)[0])
+    except BaseException:
+        detach(model)
+        raise
+    return model
+
+
+def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
+    parameter = next(module.parameters(), default)
+    return parameter.device
+
+
+def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_layers: int) -> Routing:
+    target, granularity = target_named(config.target), granularity_named(config.granularity)
+    chosen = config.default_layers(n_layers) if config.layers is None else config.layers
+    outside = [i for i in chosen if not 0 <= i < n_layers]
+    if outside:
+        raise ConfigError(
+            f"layers {outside} do not exist: {type(base).__name__} has {n_layers} layers, 0 to {n_layers - 1}."
+        )
+    stack = decoder_layers(base, spec)
+    for index in chosen:
+        for part in (spec.attention, spec.mlp):
+            if not isinstance(getattr(stack[index], part, None), nn.Module):
+                children = ", ".join(name for name, _ in stack[index].named_children())
+                raise UnsupportedModelError(
+                    f"{type(base).__name__} cannot be routed at layer {index}: its {type(stack[index]).__name__} has no "
+                    f"{part!r} (it has {children}). Declare its parts in a new file of dynadepth/architectures."
+                )
+    sites = tuple(Site(index, target.name) for index in chosen)
+    return Routing(config, spec, target, granularity, n_layers, sites)
+
+
+def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], freeze: bool) -> None:
+    routing.trainable_before = tuple(name for name, p in base.named_parameters() if p.requires_grad)
+    if freeze:
+        base.requires_grad_(False)
+    for site, module in zip(routing.sites, modules, strict=True):
+        state = routing.states[site]
+        module.add_module(ROUTER, state.router)
+        module.depth_state = state  # type: ignore[assignment]
+        swap_class(module, RoutedSublayer)
+    for part in _entrances(base):
+        part.depth_routing = routing  # type: ignore[assignment]
+        swap_class(part, RoutedModel)
+    for module in base.modules():
+        if "_gradient_checkpointing_func" in vars(module):
+            module._gradient_checkpointing_func = carrying_context(module._gradient_checkpointing_func)  # type: ignore
+
+
+def _entrances(base: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward opens a routed forward: the model and its decoder."""
+    decoder = decoder_of(base)
+    return [base] if decoder is base else [base, decoder]
+
+
+def detach(model: M) -> M:
+    """Takes the routers off: the model is again what it was, trainable parameters included. Returns it."""
+    base = unwrapped(model)
+    routing = routing_of(base)
+    layers = decoder_layers(base, routing.spec)
+    for part in _entrances(base):
+        restore_class(part, RoutedModel)
+        del part.depth_routing
+    for site in routing.sites:
+        module = routing.target.module(layers[site.layer], routing.spec)
+        restore_class(module, RoutedSublayer)
+        delattr(module, ROUTER)
+        del module.depth_state
+    trainable = set(routing.trainable_before)
+    for name, parameter in base.named_parameters():
+        if name in trainable:
+            parameter.requires_grad_(True)
+    for module in base.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None:
+            module._gradient_checkpointing_func = getattr(function, "__wrapped__", function)  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Runs the model dense inside the block, in this thread; a model without routers is dense anyway."""
+    if not is_attached(model):
+        yield model
+        return
+    with disabling(routing_of(model)):
+        yield model
+
+
+@contextmanager
+def fixed_routes(model: nn.Module, decisions: Mapping[Site, Injection]) -> Iterator[nn.Module]:
+    """Replaces the routers' decisions inside the block, in this thread.
+
+    `decisions`: per site one bool, or bools of the granularity's shape (`[B]` or `[B, T]`); sites not named execute. At
+    sequence granularity they decide at prefill and then stick, as a router's would.
+    """
+    routing = routing_of(model)
+    unknown = [str(site) for site in decisions if site not in routing.states]
+    if unknown:
+        raise ConfigError(f"sites {unknown} are not routed; routed: {', '.join(map(str, routing.sites))}.")
+    with injecting(routing, decisions):
+        yield model
+
+
+def set_budget(model: nn.Module, **budgets: float) -> None:
+    """Lets the share `attention=0.75` of *all* sublayers of the target execute, by moving the routers' thresholds.
+
+    1.0 executes everything. Raises BudgetError for a share outside (0, 1], one below what the routed sites can reach, or
+    routers without calibration (`dynadepth.budget.calibrate`).
+    """
+    routing = routing_of(model)
+    name = routing.target.name
+    if set(budgets) != {name}:
+        raise BudgetError(f"This model's routed target is {name!r}: set_budget(model, {name}=...), not {sorted(budgets)}.")
+    budget = check_budget(budgets[name], routing)
+    keep = routing.keep_of(budget)
+    if keep >= 1:
+        threshold = float("-inf")
+    elif routing.calibration is None:
+        raise BudgetError(
+            f"These routers have no calibration, so budget {budget} cannot be set: tune them, or call "
+            "dynadepth.budget.calibrate(model, batches)."
+        )
+    else:
+        threshold = routing.calibration.threshold(keep)
+    set_threshold(routing.routers().values(), threshold)
+    routing.budget = budget
+
+
+def check_budget(budget: float, routing: Routing) -> float:
+    """The budget, if it is in (0, 1] and the routed sites can reach it."""
+    if not 0 < budget <= 1:
+        raise BudgetError(f"budget must be above 0 and at most 1, not {budget}.")
+    if budget < routing.lowest_budget() - 1e-9:
+        raise BudgetError(
+            f"budget {budget} cannot be reached: only {len(routing.sites)} of {routing.n_layers} {routing.target.name} "
+            f"sublayers are routed, so at least {routing.lowest_budget():.3f} always executes; route more layers."
+        )
+    return float(budget)
+
+
+def set_threshold(routers: Iterable[AbstractRouter], threshold: float) -> None:
+    """Sets one threshold (logit space) for all routers."""
+    for router in routers:
+        router.threshold.fill_(threshold)
+
+
+def save(model: nn.Module, directory: str | Path) -> Path:
+    """Writes `routing_config.json` and `routers.safetensors`, atomically; returns the directory."""
+    routing = routing_of(model)
+    data = {
+        "config": routing.config.to_dict(),
+        "sites": [str(site) for site in routing.sites],
+        "base_model": adapter.identity(unwrapped(model), decoder_layers(unwrapped(model), routing.spec)),
+        "budget": routing.budget,
+        "calibration": None if routing.calibration is None else vars(routing.calibration),
+        "provenance": routing.provenance,
+    }
+    tensors = {
+        f"{site}.{name}": tensor for site, router in routing.routers().items() for name, tensor in router.state_dict().items()
+    }
+    return adapter.write(Path(directory), data, tensors)
+
+
+def load(model: M, directory: str | Path, strict: bool = True) -> M:
+    """Attaches saved routers to the model they were made for, in place, and returns it.
+
+    Raises AdapterError for files that are missing, damaged, of a newer format, or made for another model (with
+    `strict=False`, a model of the same shape whose weights differ is accepted).
+    """
+    directory = Path(directory)
+    data, tensors = adapter.read(directory)
+    base = unwrapped(model)
+    adapter.check_identity(directory, data["base_model"], adapter.identity(base, decoder_layers(base)), strict)
+    attach(model, config_from_dict(data["config"]))
+    routing = routing_of(model)
+    try:
+        for site, router in routing.routers().items():
+            state = {name: tensors.pop(f"{site}.{name}") for name in router.state_dict()}
+            router.load_state_dict(state)
+        if tensors:
+            raise AdapterError(f"{directory} holds tensors of unknown sites: {sorted(tensors)}.")
+    except (KeyError, RuntimeError, AdapterError) as error:
+        detach(model)
+        raise AdapterError(f"{directory} does not fit its own configuration: {error}. Save the routers again.") from error
+    calibration = data.get("calibration")
+    if calibration is not None:
+        keeps, thresholds = tuple(calibration["keeps"]), tuple(calibration["thresholds"])
+        routing.calibration = Calibration(keeps, thresholds, calibration["n_sequences"])
+    routing.budget, routing.provenance = data.get("budget"), data.get("provenance", {})
+    return model

@@ -1,0 +1,235 @@
+"""`RoutedCache`: the ordinary `DynamicCache`, whose layers hold the rows (or tokens) that executed and nothing else.
+
+It differs from its base in four things. The true token count (`seen`) answers for lengths and mask sizes, since a skipped
+layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the keys
+and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions (`SparseLayer`).
+
+An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from dynadepth.errors import UnsupportedCacheError
+from dynadepth.routing.routes import RouteBook
+
+
+class SparseLayer(DynamicLayer):
+    """Keys and values of executed tokens only: `keys` `[B, heads, S, d]` with `positions` int64 `[B, S]`, -1 where a slot of
+    a ragged batch is empty. `holes` tells whether any real token was ever skipped."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.is_sliding = getattr(like, "is_sliding", False)
+        if self.is_sliding:
+            self.sliding_window = like.sliding_window
+        self.positions: Tensor | None = None
+        self.holes = False
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds `[B, heads, t, d]` at positions `[B, t]` and returns all keys and values."""
+        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
+        return super().update(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The dense case: every token of every row. `RoutedCache` sets `start` to the true count before."""
+        batch, _, tokens, _ = key_states.shape
+        positions = torch.arange(self.start, self.start + tokens, device=key_states.device).expand(batch, -1)
+        return self.append(key_states, value_states, positions)
+
+    start: int = 0
+
+    def crop_to(self, length: int) -> None:
+        """Drops the tokens at positions >= `length`."""
+        if self.positions is None:
+            return
+        positions = torch.where(self.positions < length, self.positions, -1)
+        kept = (positions >= 0).any(0).nonzero().flatten()
+        self.positions = positions[:, kept]
+        self.keys, self.values = self.keys[:, :, kept], self.values[:, :, kept]
+
+    def take(self, rows: Tensor) -> None:
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+
+    def stored(self) -> int:
+        """Token slots really used, over all rows."""
+        return 0 if self.positions is None else int((self.positions >= 0).sum())
+
+    def reset(self) -> None:
+        super().reset()
+        self.positions, self.holes = None, False
+
+
+class RoutedCache(DynamicCache):
+    """See the module's contract. Made by `adopt`, never constructed."""
+
+    seen: int
+    book: RouteBook
+    stored_rows: dict[int, list[int]]
+    """Logical rows held by a layer, in storage order; a layer that is not a key holds every row."""
+
+    @classmethod
+    def adopt(cls, cache: Cache, n_layers: int, sparse_layers: Iterable[int] = ()) -> RoutedCache:
+        """Turns an empty `DynamicCache` into a `RoutedCache` in place, or raises saying which cache to use instead."""
+        if isinstance(cache, RoutedCache):
+            return cache
+        if type(cache) is not DynamicCache:
+            raise UnsupportedCacheError(
+                f"Routed models keep keys and values in a DynamicCache, not in a {type(cache).__name__}: drop "
+                "`cache_implementation` / `past_key_values`, or run dense with `dynadepth.disabled(model)`."
+            )
+        if cache.get_seq_length() > 0:
+            raise UnsupportedCacheError(
+                f"This cache already holds {cache.get_seq_length()} tokens of an unrouted forward: start the routed model "
+                "with an empty cache, or run dense with `dynadepth.disabled(model)`."
+            )
+        replicate = cache.layer_class_to_replicate
+        if replicate is not None:
+            cache.layers.extend(replicate() for _ in range(n_layers - len(cache.layers)))
+            cache.layer_class_to_replicate = None
+        cache.__class__ = cls
+        assert isinstance(cache, RoutedCache)
+        cache.seen, cache.book, cache.stored_rows = 0, RouteBook(), {}
+        for index in sparse_layers:
+            cache.layers[index] = SparseLayer(cache.layers[index])
+        return cache
+
+    # ---- lengths: the truth is `seen`, whatever a layer stores
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(key length, key offset) by positions: a sliding layer shows its last `window - 1` positions and the new ones."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
+        if window is None or self.seen < window:
+            return self.seen + query_length, 0
+        return window - 1 + query_length, self.seen - window + 1
+
+    def advance(self, tokens: int) -> None:
+        """Called once at the end of every forward."""
+        self.seen += tokens
+
+    # ---- storing
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, SparseLayer):
+            layer.start = self.seen
+        elif self.seen and not layer.is_initialized:
+            self._fill_past(layer, key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def admit(self, layer_idx: int, rows: Sequence[int]) -> None:
+        """Declares the logical rows that a layer holds from now on. Rows that join late (they saw only padding so far, in a
+        chunked prefill) get zero keys for that padding, which every mask hides."""
+        layer, old = self.layers[layer_idx], self.stored_rows.get(layer_idx)
+        self.stored_rows[layer_idx] = list(rows)
+        if old is None or old == list(rows) or not layer.is_initialized:
+            return
+        place = torch.tensor([list(rows).index(row) for row in old], device=layer.keys.device)
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name)
+            grown = tensor.new_zeros(len(rows), *tensor.shape[1:])
+            setattr(layer, name, grown.index_copy(0, place, tensor))
+
+    def _fill_past(self, layer: Any, keys: Tensor, values: Tensor) -> None:
+        """A layer first used after `seen` tokens: the earlier ones were padding in each row that it now stores."""
+        layer.lazy_initialization(keys, values)
+        past = self.seen
+        if getattr(layer, "is_sliding", False):
+            layer.cumulative_length = self.seen
+            past = min(past, layer.sliding_window - 1)
+        layer.keys = keys.new_zeros(*keys.shape[:2], past, keys.shape[3])
+        layer.values = values.new_zeros(*values.shape[:2], past, values.shape[3])
+
+    # ---- rows
+
+    def _take(self, order: list[int], device_order: Tensor) -> None:
+        """Logical row `j` becomes what row `order[j]` was, in every layer that stores it."""
+        for index, layer in enumerate(self.layers):
+            stored = self.stored_rows.get(index)
+            physical = device_order
+            if stored is not None:
+                place = {row: i for i, row in enumerate(stored)}
+                self.stored_rows[index] = [j for j, row in enumerate(order) if row in place]
+                physical = torch.tensor([place[row] for row in order if row in place], dtype=torch.long)
+                if not len(physical):
+                    layer.reset()
+                    continue
+            if isinstance(layer, SparseLayer):
+                layer.take(physical)
+            layer.reorder_cache(physical)
+        self.book.take(order)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        # Beams of one prompt share their route: while every row agrees, no layer is partial and the device order will do.
+        if self.book.uniform or not self.book.routes:
+            self._take(list(range(len(beam_idx))), beam_idx)
+        else:
+            self._take(beam_idx.tolist(), beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._take(indices.tolist(), indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = len(self.book.decided)
+        order = [row for row in range(rows) for _ in range(repeats)]
+        self._take(order, torch.tensor(order, dtype=torch.long))
+
+    # ---- cutting and clearing
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise UnsupportedCacheError(
+                f"crop({tokens_to_remove}) with a positive count is not supported: pass the negative number of tokens to remove."
+            )
+        remaining = max(self.seen + tokens_to_remove, 0)
+        if remaining == 0 and tokens_to_remove:
+            self.reset()
+            return
+        for layer in self.layers:
+            if isinstance(layer, SparseLayer):
+                layer.crop_to(remaining)
+            elif getattr(layer, "is_initialized", True):
+                layer.crop(tokens_to_remove)
+        self.seen = remaining
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen, self.stored_rows = 0, {}
+        self.book.clear()
+
+    # ---- accounting
+
+    @property
+    def routes(self) -> dict[Any, list[bool]]:
+        """Sticky decisions per site and logical row (sequence granularity)."""
+        return self.book.routes
+
+    def reserved_bytes(self) -> int:
+        """Bytes of the key and value tensors that are allocated."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if tensor is not None
+        )
+
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of executed rows and tokens (design: Σ over executed sites and rows of dense bytes)."""
+        total = self.reserved_bytes()
+        for layer in self.layers:
+            if isinstance(layer, SparseLayer) and layer.positions is not None and layer.positions.numel():
+                bytes_ = layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
+                total -= bytes_ - bytes_ * layer.stored() // layer.positions.numel()
+        return total

@@ -1,0 +1,72 @@
+"""A call of a model's own sublayer, and the same call for some of its rows or tokens.
+
+Nothing here knows an architecture: tensors are recognised by shape (`[B or 1, T, ...]`), masks and caches by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+class SublayerCall:
+    """`forward(*args, **kwargs)` of a base module whose first argument (or `hidden_states`) is `[B, T, D]`."""
+
+    __slots__ = ("args", "forward", "kwargs")
+
+    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.forward, self.args, self.kwargs = forward, args, kwargs
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        return self.kwargs.get("attention_mask")
+
+    def __call__(self) -> Any:
+        return self.forward(*self.args, **self.kwargs)
+
+    def _map(self, change: Callable[[str, Any], Any]) -> SublayerCall:
+        def visit(name: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(visit(name, item) for item in value)
+            return change(name, value) if isinstance(value, Tensor) else value
+
+        args = tuple(visit("hidden_states" if i == 0 else "", value) for i, value in enumerate(self.args))
+        return SublayerCall(self.forward, args, {name: visit(name, value) for name, value in self.kwargs.items()})
+
+    def rows(self, index: Tensor) -> SublayerCall:
+        """The same call for the batch rows `index` (int64 `[n]`)."""
+        batch = self.hidden.shape[0]
+
+        def change(name: str, value: Tensor) -> Tensor:
+            return value.index_select(0, index) if value.dim() > 1 and value.shape[0] == batch else value
+
+        return self._map(change)
+
+    def tokens(self, rows: Tensor, index: Tensor, mask: Tensor | None) -> SublayerCall:
+        """The same call for tokens `index` (`[n, t]`) of rows `rows` (`[n]`), under the given attention mask."""
+        batch, length = self.hidden.shape[:2]
+
+        def change(name: str, value: Tensor) -> Tensor | None:
+            if name == "attention_mask":
+                return mask
+            if value.dim() > 1 and value.shape[1] == length and value.shape[0] in (1, batch):
+                return value.expand(batch, *value.shape[1:])[rows[:, None], index]
+            return value
+
+        call = self._map(change)
+        if "attention_mask" in call.kwargs:  # a mask that was None is no tensor, so `change` did not see it
+            call.kwargs["attention_mask"] = mask
+        return call
+
+    def with_cache(self, cache: Any) -> SublayerCall:
+        """The same call writing its keys and values to `cache`."""
+        name = next((name for name in CACHE_NAMES if name in self.kwargs), CACHE_NAMES[0])
+        return SublayerCall(self.forward, self.args, {**self.kwargs, name: cache})

@@ -1,0 +1,135 @@
+"""What one forward knows: opened by the model, read by every routed sublayer, gone at the end.
+
+It lives in ContextVars, so that two threads may run one model at once with different inputs, injections and recorders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynadepth.routing.cache import RoutedCache
+from dynadepth.routing.decision import RoutingTrace, Site
+from dynadepth.routing.routes import RouteBook
+
+Injection = bool | Tensor | list[bool]
+
+
+@dataclass
+class ForwardContext:
+    """One forward of one routed model: B rows, T new tokens.
+
+    `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may see.
+    `injected`: decisions given from outside; sites not named execute.
+    `masked`: run every unit and select (training); else run the executing units alone. `attention_fixes[layer]` rebuilds
+    the full-batch attention weights of a routed block from those its inner attention recorded (None: it did not run).
+    """
+
+    owner: Any
+    trace: RoutingTrace
+    book: RouteBook
+    cache: RoutedCache | None
+    masked: bool
+    grad: bool
+    token_mask: Tensor | None = None
+    pool_mask: Tensor | None = None
+    output_attentions: bool = False
+    injected: Mapping[Site, Injection] | None = None
+    attention_fixes: dict[int, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
+
+    def given(self, site: Site) -> Injection | None:
+        """The decision injected for a site, None where its router decides."""
+        return None if self.injected is None else self.injected.get(site, True)
+
+    @property
+    def past(self) -> int:
+        """Tokens before this forward."""
+        return self.cache.seen if self.cache is not None else 0
+
+    def to_host(self, execute: Tensor | list[bool]) -> list[bool]:
+        """Decisions `[B]` as a list. The first call of a forward learns in the same transfer which rows decide now."""
+        trace, undecided = self.trace, self.book.decided
+        if trace.fresh is None and self.token_mask is None:
+            trace.fresh = [not d for d in undecided]
+        if trace.fresh is None:
+            assert self.token_mask is not None
+            real = self.token_mask.any(1)
+            if isinstance(execute, list):
+                flags = [execute, real.tolist()]
+            else:
+                flags = torch.stack([execute, real]).tolist()
+            trace.fresh = [not d and has for d, has in zip(undecided, flags[1], strict=True)]
+            return flags[0]
+        return execute if isinstance(execute, list) else execute.tolist()
+
+
+_current: ContextVar[ForwardContext | None] = ContextVar("dynadepth_forward", default=None)
+_disabled: ContextVar[tuple[Any, ...]] = ContextVar("dynadepth_disabled", default=())
+_injected: ContextVar[Mapping[int, Mapping[Site, Injection]]] = ContextVar("dynadepth_injected", default={})  # noqa: B039
+
+
+def current() -> ForwardContext | None:
+    """The forward in progress in this thread, if it is a routed one."""
+    return _current.get()
+
+
+@contextmanager
+def entered(context: ForwardContext | None) -> Iterator[None]:
+    """Makes `context` the forward in progress."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def is_disabled(owner: Any) -> bool:
+    """Is routing of this model switched off in this thread?"""
+    return any(entry is owner for entry in _disabled.get())
+
+
+@contextmanager
+def disabling(owner: Any) -> Iterator[None]:
+    """Runs the model of this routing dense, in this thread."""
+    token = _disabled.set((*_disabled.get(), owner))
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+@contextmanager
+def injecting(owner: Any, decisions: Mapping[Site, Injection]) -> Iterator[None]:
+    """Replaces the routers' decisions of this routing, in this thread."""
+    token = _injected.set({**_injected.get(), id(owner): decisions})
+    try:
+        yield
+    finally:
+        _injected.reset(token)
+
+
+def injections(owner: Any) -> Mapping[Site, Injection] | None:
+    """The decisions injected for this routing, by site; None where its routers decide."""
+    return _injected.get().get(id(owner))
+
+
+def carrying_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A gradient checkpointing function whose replay, long after the forward is over, still sees that forward's context."""
+
+    def carried(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = current()
+
+        def run(*inputs: Any, **options: Any) -> Any:
+            with entered(context):
+                return function(*inputs, **options)
+
+        return checkpoint(run, *args, **kwargs)
+
+    carried.__wrapped__ = checkpoint  # type: ignore[attr-defined]
+    return carried

@@ -1,0 +1,111 @@
+"""Decisions as values: where (`Site`), what was decided (`RoutingDecision`), and all of it for one forward (`RoutingTrace`).
+
+Shape suffixes: B sequences of a batch, T tokens of this forward. A *unit* is what one decision is about: a sequence
+(decisions `[B]`) or a token (`[B, T]`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One routed sublayer: the decoder layer's index and the target routed in it. `str(site)` is `"3.attention"`."""
+
+    layer: int
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.target}"
+
+    @staticmethod
+    def parse(text: str) -> Site:
+        """The inverse of `str(site)`."""
+        layer, _, target = text.partition(".")
+        return Site(int(layer), target)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the hard decision. Backward: the identity on the score (arXiv 2410.13184, section 4.2)."""
+
+    @staticmethod
+    def forward(ctx, score: Tensor, execute: Tensor) -> Tensor:  # type: ignore[override]
+        return execute.to(score.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def straight_through(score: Tensor, execute: Tensor) -> Tensor:
+    """A gate of exactly 0 or 1 whose gradient is that of `score` (any shape, floating point)."""
+    return _StraightThrough.apply(score, execute)
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """What one router decided for the units of one forward.
+
+    `execute`: bool, `[B]` or `[B, T]`. `logits`: float32 of the same shape, None where nothing was computed (an injected or
+    sticky decision). `gate`: float32, exactly 0 or 1 with a gradient to the logits; only while training.
+    """
+
+    execute: Tensor
+    logits: Tensor | None = None
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KeepRatio:
+    """Executed (unit, site) pairs over all pairs: of the routed sites, and of all sublayers of the target in the model."""
+
+    routed: float
+    all: float
+
+
+@dataclass
+class RoutingTrace:
+    """The decisions of one forward.
+
+    `decisions` holds what the routers computed; `routes` the route in force per row (sequence granularity, host side);
+    `token_mask` bool `[B, T]` marks real tokens (None: all are). `fresh` marks rows whose route was decided in this
+    forward. `prefill` is False where only sticky or single-token continuation decisions were used.
+    """
+
+    n_layers: int
+    batch: int
+    tokens: int
+    token_mask: Tensor | None = None
+    prefill: bool = True
+    decisions: dict[Site, RoutingDecision] = field(default_factory=dict)
+    routes: dict[Site, list[bool]] = field(default_factory=dict)
+    fresh: list[bool] | None = None
+
+    def record(self, site: Site, decision: RoutingDecision) -> None:
+        """Keeps the first decision of a site: gradient checkpointing replays layers, and a replay is not a new decision."""
+        self.decisions.setdefault(site, decision)
+
+    @property
+    def logits(self) -> dict[Site, Tensor]:
+        """Router logits per site, float32 `[B]` or `[B, T]`."""
+        return {site: d.logits for site, d in self.decisions.items() if d.logits is not None}
+
+    def mean_gate(self) -> Tensor | None:
+        """Mean gate of each sequence over its units and the routed sites, float32 `[B]`, with gradient; None without gates.
+
+        Padding is excluded and every sequence counts the same, whatever its length.
+        """
+        per_site = []
+        for decision in self.decisions.values():
+            gate = decision.gate
+            if gate is None:
+                continue
+            if gate.dim() == 2:
+                mask = torch.ones_like(gate) if self.token_mask is None else self.token_mask.to(gate.dtype)
+                gate = (gate * mask).sum(1) / mask.sum(1).clamp(min=1)
+            per_site.append(gate)
+        return torch.stack(per_site).mean(0) if per_site else None

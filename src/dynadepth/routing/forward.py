@@ -1,0 +1,220 @@
+"""The model's own forward, opened and closed around: inputs become a `ForwardContext`, its trace becomes outputs.
+
+`RoutedModel` is mixed into the model's class, and into its decoder's, so that either may be called; the inner call finds the
+context of the outer one. `self.depth_routing` is the attached routing (`dynadepth.model.Routing`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from dynadepth.errors import UnsupportedCacheError
+from dynadepth.routing.cache import RoutedCache
+from dynadepth.routing.context import ForwardContext, carrying_context, current, entered, injections, is_disabled
+from dynadepth.routing.decision import RoutingTrace
+from dynadepth.routing.recorder import publish
+from dynadepth.routing.routes import RouteBook
+
+WAY_OUT = "use the default cache, or run dense with `with dynadepth.disabled(model):`"
+
+
+@cache
+def _positional(base_class: type) -> tuple[str, ...]:
+    """Names of the positional parameters of a class's forward."""
+    return tuple(inspect.signature(base_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+class RoutedModel:
+    """Mixin put before a model's class."""
+
+    depth_routing: Any
+
+    def forward(self, *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the base model's, plus `prompt_mask`: bool `[B, T]`, the tokens that a sequence-level router may pool.
+
+        Without it: the attended tokens before the first label that is not -100 (a content-seeded prefix where there are
+        none; it is not scored then), or without labels all attended tokens. The outputs carry `depth_trace`,
+        `depth_logits` and, while training, `depth_loss`, which is part of `loss`.
+        """
+        base, routing, context = super().forward, self.depth_routing, current()  # type: ignore[misc]
+        if context is not None and context.owner is routing:
+            return base(*args, **kwargs)
+        if args:
+            kwargs.update(zip(_positional(type(self).__mro__[2]), args, strict=False))
+        if is_disabled(routing):
+            cache_ = kwargs.get("past_key_values")
+            if isinstance(cache_, RoutedCache) and cache_.seen:
+                raise UnsupportedCacheError(
+                    f"This cache holds {cache_.seen} tokens of a routed forward: a dense forward needs an empty cache."
+                )
+            with entered(None):
+                return base(**kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        context = open_context(self, routing, kwargs, prompt_mask)
+        with entered(context):
+            outputs = base(**kwargs, return_dict=True)
+        close_context(context, routing, outputs, kwargs)
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)  # type: ignore[attr-defined]
+        return outputs.to_tuple() if as_tuple else outputs
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, after refusing what cannot hold a route."""
+        if not is_disabled(self.depth_routing):
+            config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+            refuse_unroutable(self.depth_routing, lambda name: kwargs.get(name, getattr(config, name, None)))
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching keeps its own paged cache, which cannot hold routes."""
+        if not is_disabled(self.depth_routing):
+            raise UnsupportedCacheError(f"generate_batch uses a paged cache, which cannot hold routes: call generate, {WAY_OUT}.")
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """Saves the base model alone, exactly as it would be saved unrouted; `dynadepth.save` saves the routers."""
+        state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
+        state = {name: tensor for name, tensor in state.items() if ".depth_router." not in name}
+        return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+        function = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            enable=enable, gradient_checkpointing_func=carrying_context(function), **kwargs
+        )
+
+
+def refuse_unroutable(routing: Any, option: Any) -> None:
+    """Raises for generation options whose cache cannot hold routed state; `option(name)` looks one up."""
+    implementation = option("cache_implementation")
+    if implementation not in (None, "dynamic", "offloaded"):
+        raise UnsupportedCacheError(f"cache_implementation={implementation!r} cannot hold routes yet: {WAY_OUT}.")
+    if option("use_cache") is False and routing.granularity.sticky:
+        raise UnsupportedCacheError(
+            "use_cache=False would decide a sequence's route anew at every token, since the route lives in the cache: "
+            f"{WAY_OUT}, or route at token granularity."
+        )
+
+
+def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: Tensor | None) -> ForwardContext:
+    """Reads one forward's keyword arguments (and sets its cache in them)."""
+    source = kwargs.get("input_ids")
+    source = kwargs["inputs_embeds"] if source is None else source
+    batch, tokens = source.shape[:2]
+    cache_, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    text_config = model.config.get_text_config(decoder=True)
+    if cache_ is None and model.training:
+        kwargs["use_cache"] = False
+    elif cache_ is None and (getattr(text_config, "use_cache", False) if use_cache is None else use_cache):
+        cache_ = DynamicCache(config=text_config)
+    if cache_ is not None:
+        cache_ = kwargs["past_key_values"] = RoutedCache.adopt(cache_, routing.n_layers, routing.sparse_layers)
+    book = RouteBook() if cache_ is None else cache_.book
+    book.open(batch)
+    masked = model.training and cache_ is None
+
+    mask = kwargs.get("attention_mask")
+    token_mask = mask[:, -tokens:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    pool_mask = None
+    if routing.granularity.sticky and not book.complete:
+        pool_mask = _pool_mask(kwargs, source, token_mask, prompt_mask)
+    prefill = not book.complete if routing.granularity.sticky else cache_ is None or not cache_.seen or tokens > 1
+    attentions = kwargs.get("output_attentions")
+    return ForwardContext(
+        owner=routing,
+        trace=RoutingTrace(routing.n_layers, batch, tokens, token_mask, prefill),
+        book=book,
+        cache=cache_,
+        masked=masked,
+        grad=masked and torch.is_grad_enabled(),
+        token_mask=token_mask,
+        pool_mask=pool_mask,
+        output_attentions=bool(getattr(text_config, "output_attentions", False) if attentions is None else attentions),
+        injected=injections(routing),
+    )
+
+
+def _pool_mask(
+    kwargs: dict[str, Any], source: Tensor, token_mask: Tensor | None, prompt_mask: Tensor | None
+) -> Tensor | None:
+    """The tokens that a route may depend on (design, semantic 4): bool `[B, T]`, None for all."""
+    tokens, labels = source.shape[1], kwargs.get("labels")
+    if prompt_mask is not None:
+        prompt = prompt_mask[:, -tokens:].bool().to(source.device)
+        return prompt if token_mask is None else prompt & token_mask
+    if labels is None:
+        return token_mask
+    real = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if token_mask is None else token_mask
+    scored = (labels != -100) & real
+    before = (scored.cumsum(1) == 0) & real
+    plain = ~before.any(1, keepdim=True)  # no prompt known: pool a prefix, and do not score what was pooled
+    prompt = torch.where(plain, content_prefix(source, real), before)
+    kwargs["labels"] = labels.masked_fill(plain & prompt, -100)
+    return prompt
+
+
+def content_prefix(source: Tensor, real: Tensor, seed: int = 0) -> Tensor:
+    """A pseudo-random prefix of each row, between an eighth and three quarters of its real tokens: bool `[B, T]`.
+
+    Its length depends on the row's own ids alone, so that neither batch composition nor padding changes it. Rows given as
+    embeddings take half.
+    """
+    count, rank = real.sum(1, keepdim=True), real.cumsum(1)
+    low = (count // 8).clamp(min=1)
+    span = (count * 3 // 4 - low).clamp(min=0) + 1
+    if source.dim() == 2:
+        mixed = (source * (rank * 2654435761 + seed * 40503 + 12345) * real).sum(1, keepdim=True)
+        offset = (mixed ^ (mixed >> 15)).remainder(span)
+    else:
+        offset = (count // 2 - low).clamp(min=0)
+    return (rank <= low + offset) & real
+
+
+def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: dict[str, Any]) -> None:
+    """Turns the trace into outputs, fixes the routes that were decided, and counts the tokens."""
+    trace = context.trace
+    if trace.fresh is not None:
+        context.book.decided = [old or new for old, new in zip(context.book.decided, trace.fresh, strict=True)]
+    if context.cache is not None:
+        context.cache.advance(trace.tokens)
+    if context.attention_fixes and getattr(outputs, "attentions", None) is not None:
+        outputs["attentions"] = _whole_attentions(context, outputs.attentions)
+    loss = None
+    if context.masked:
+        loss = routing.config.depth_loss(trace, _row_weights(trace, kwargs))
+        if loss is not None and getattr(outputs, "loss", None) is not None:
+            outputs["loss"] = outputs.loss + loss.to(outputs.loss.dtype)
+    for name, value in (("depth_trace", trace), ("depth_logits", trace.logits), ("depth_loss", loss)):
+        object.__setattr__(outputs, name, value)
+    publish(trace, context.book)
+
+
+def _row_weights(trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
+    """Weights `[B]` of the rows in the depth loss: equal; under gradient accumulation (where the trainer gives the number of
+    label tokens of the whole step) by label tokens, so that any division into micro-batches adds up to the same loss."""
+    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if labels is None or items is None:
+        return torch.full((trace.batch,), 1 / trace.batch, device=None if labels is None else labels.device)
+    return (labels[:, 1:] != -100).sum(1) / items
+
+
+def _whole_attentions(context: ForwardContext, recorded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One full-batch entry a layer, though a routed block runs its attention for some rows or tokens or not at all."""
+    entries = iter(recorded)
+    whole: list[Tensor | None] = []
+    for layer in range(context.trace.n_layers):
+        fix = context.attention_fixes.get(layer, _same)
+        whole.append(None if fix is None else fix(next(entries)))
+    example = next((entry for entry in whole if entry is not None), None)
+    if example is None:
+        return ()
+    return tuple(example.new_zeros(example.shape) if entry is None else entry for entry in whole)
+
+
+def _same(weights: Tensor) -> Tensor:
+    return weights

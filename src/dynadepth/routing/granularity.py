@@ -1,0 +1,181 @@
+"""Granularities: the unit of a decision, how its hidden state is pooled, and how a decision is carried out.
+
+Shape suffixes: B sequences, T tokens of this forward, D hidden size. Decisions are `[B]` per sequence, `[B, T]` per token.
+A new granularity is one new subclass in one new module of this package; `granularity_named` finds it by `name`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dynadepth.routing.call import SublayerCall
+from dynadepth.routing.context import ForwardContext, Injection
+from dynadepth.routing.decision import RoutingDecision
+from dynadepth.routing.registry import named_subclass
+
+if TYPE_CHECKING:
+    from dynadepth.routing.sublayer import SublayerState
+
+
+class Granularity(ABC):
+    """Carries out one routed sublayer's call. Stateless: what must be remembered is in the context or in the cache."""
+
+    name: ClassVar[str]
+    sticky: ClassVar[bool]
+    """Is a decision made once a sequence and then kept?"""
+
+    def run(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        """The routed sublayer's output, in the form the host expects."""
+        return self.masked(state, call, context) if context.masked else self.sparse(state, call, context)
+
+    @abstractmethod
+    def masked(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        """Runs every unit and selects by the gate: what training differentiates."""
+
+    @abstractmethod
+    def sparse(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        """Runs the executing units alone."""
+
+    def decide(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> RoutingDecision:
+        """The injected, constant or computed decision of this forward, recorded in its trace."""
+        known = state.known(context)
+        if known is not None:
+            decision = RoutingDecision(self.expand(known, hidden))
+        else:
+            decision = state.router.decide(self.pool(hidden, context), with_gate=context.masked and context.grad)
+        context.trace.record(state.site, decision)
+        return decision
+
+    @abstractmethod
+    def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """Hidden states `[B, T, D]` to the float32 input of the router, one vector a unit."""
+
+    @abstractmethod
+    def expand(self, value: Injection, hidden: Tensor) -> Tensor:
+        """A given decision (one bool, or one per unit) as a bool tensor of this granularity's shape."""
+
+
+def _as_bool(value: Injection, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=torch.bool, device=hidden.device)
+    return tensor.expand(shape)
+
+
+class PerSequence(Granularity):
+    """One decision a sequence, made at its prefill from its prompt alone, then sticky."""
+
+    name = "sequence"
+    sticky = True
+
+    def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """Mean over the prompt's tokens, `[B, D]`, accumulated in float32."""
+        mask = context.pool_mask
+        if mask is None:
+            return hidden.sum(1, dtype=torch.float32) / hidden.shape[1]
+        total = (hidden * mask.unsqueeze(-1)).sum(1, dtype=torch.float32)
+        return total / mask.sum(1, keepdim=True).clamp(min=1)
+
+    def expand(self, value: Injection, hidden: Tensor) -> Tensor:
+        return _as_bool(value, hidden, (hidden.shape[0],))
+
+    def masked(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        decision = self.decide(state, call.hidden, context)
+        return state.select(call, call(), decision, (-1, 1, 1), context)
+
+    def sparse(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        book, site = context.book, state.site
+        if not book.complete and site not in context.trace.routes:
+            self._route(state, call.hidden, context)
+        rows = book.rows(site, call.hidden.device)
+        context.trace.routes[site] = book.routes[site]
+        if rows is False:
+            return state.skip_all(call, context)
+        if context.cache is not None and state.target.keeps_kv:
+            context.cache.admit(site.layer, [i for i, on in enumerate(book.routes[site]) if on])
+        if rows is True:
+            return state.run_all(call, context)
+        assert isinstance(rows, Tensor)
+        hidden = call.hidden
+        output = state.target.canvas(hidden, state.skip_path(hidden))
+        result = call.rows(rows)()
+        output.index_copy_(0, rows, state.hidden_of(result).to(output.dtype))
+        return state.wrap(output, state.full_rows(result, rows, hidden.shape[0], context))
+
+    def _route(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> None:
+        """Decides for the rows that have no route yet and bring a real token; one host transfer, none for known decisions."""
+        known = state.known(context)
+        execute = [known] * len(hidden) if isinstance(known, bool) else self.decide(state, hidden, context).execute
+        flags = context.to_host(execute)
+        assert context.trace.fresh is not None
+        context.book.write(state.site, flags, context.trace.fresh)
+
+
+class PerToken(Granularity):
+    """One decision a token, from that token's hidden state alone. Keys and values of skipped tokens: see `TokenKV`."""
+
+    name = "token"
+    sticky = False
+
+    def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        return hidden.float()
+
+    def expand(self, value: Injection, hidden: Tensor) -> Tensor:
+        return _as_bool(value, hidden, (hidden.shape[0], hidden.shape[1]))
+
+    def masked(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        from dynadepth.routing.token_kv import hide_skipped
+
+        decision = self.decide(state, call.hidden, context)
+        if state.target.keeps_kv and state.kv_policy == "drop":
+            call = hide_skipped(call, decision.execute, state)
+        return state.select(call, call(), decision, (*call.hidden.shape[:2], 1), context)
+
+    def sparse(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        from dynadepth.routing.token_kv import run_tokens
+
+        decision = self.decide(state, call.hidden, context)
+        execute = decision.execute
+        padding = None if context.token_mask is None else ~context.token_mask
+        if padding is not None:
+            execute = execute & ~padding
+        everything = execute if padding is None else execute | padding
+        # The site's one host transfer: how many tokens of each row execute, and whether any real token skips.
+        *counts, whole = torch.cat([execute.sum(1), everything.all().long().unsqueeze(0)]).tolist()
+        if whole:
+            return self._run_whole(state, call, context)
+        if not state.target.keeps_kv:
+            return self._run_flat(state, call, execute, sum(counts), context)
+        return run_tokens(state, call, context, execute, counts)
+
+    def _run_whole(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        """Every real token executes: the base module's own call, unless earlier tokens left holes to be masked."""
+        from dynadepth.routing.token_kv import has_holes, run_tokens
+
+        if state.target.keeps_kv and has_holes(state, context):
+            batch, length = call.hidden.shape[:2]
+            execute = torch.ones(batch, length, dtype=torch.bool, device=call.hidden.device)
+            return run_tokens(state, call, context, execute, [length] * batch)
+        return state.run_all(call, context)
+
+    def _run_flat(
+        self, state: SublayerState, call: SublayerCall, execute: Tensor, count: int, context: ForwardContext
+    ) -> Any:
+        """Tokens of a sublayer that never looks sideways, as one long sequence."""
+        hidden = call.hidden
+        if count == 0:
+            return state.skip_all(call, context)
+        index = torch.argsort(execute.flatten().to(torch.int8), descending=True, stable=True)[:count]
+        flat = SublayerCall(call.forward, (hidden.flatten(0, 1)[index].unsqueeze(0), *call.args[1:]), call.kwargs)
+        if not call.args:
+            flat = SublayerCall(call.forward, (), {**call.kwargs, "hidden_states": flat.args[0]})
+        output = state.target.canvas(hidden, state.skip_path(hidden))
+        output.flatten(0, 1).index_copy_(0, index, state.hidden_of(flat())[0].to(output.dtype))
+        return state.wrap(output, None)
+
+
+def granularity_named(name: str) -> Granularity:
+    """The granularity called `name`; ConfigError with the near names otherwise."""
+    return named_subclass(Granularity, name, package="dynadepth.routing")()

@@ -1,0 +1,113 @@
+"""Collects what was executed over many forwards: `with recording() as record: model.generate(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynadepth.routing.decision import KeepRatio, RoutingTrace, Site
+
+Phase = str | None
+
+
+class Recorder:
+    """Keep ratios of the forwards of one thread: padding excluded, sequences weighted equally, prefill and decode apart.
+
+    Per site it keeps, for each sequence, executed and all units; sequences of one generation accumulate over its steps.
+    Nothing is moved from the device before a figure is asked for.
+    """
+
+    def __init__(self) -> None:
+        # (phase, generation) -> site -> (executed units, all units), float32 [B] each
+        self._counts: dict[tuple[str, int], dict[Site, tuple[Tensor, Tensor]]] = {}
+        self._generations: dict[int, tuple[Any, int]] = {}
+        self._n_layers = 0
+
+    def add(self, trace: RoutingTrace, generation: Any) -> None:
+        """Takes in one forward; `generation` is the object (route book) that its continuation will share."""
+        self._n_layers = trace.n_layers
+        key = self._generations.setdefault(id(generation), (generation, len(self._generations)))[1]
+        phase = "prefill" if trace.prefill else "decode"
+        counts = self._counts.setdefault((phase, key), {})
+        for site, route in trace.routes.items():
+            rows = trace.fresh if trace.prefill and trace.fresh is not None else [True] * trace.batch
+            units = torch.tensor(rows, dtype=torch.float32)
+            self._count(counts, site, torch.tensor(route, dtype=torch.float32) * units, units)
+        for site, decision in trace.decisions.items():
+            if site in trace.routes:
+                continue
+            execute = decision.execute.float()
+            units = torch.ones_like(execute)
+            if execute.dim() == 2:
+                if trace.token_mask is not None:
+                    units = trace.token_mask.float()
+                execute, units = (execute * units).sum(1), units.sum(1)
+            self._count(counts, site, execute, units)
+
+    @staticmethod
+    def _count(counts: dict[Site, tuple[Tensor, Tensor]], site: Site, executed: Tensor, units: Tensor) -> None:
+        if site in counts and counts[site][0].shape == executed.shape:
+            executed, units = counts[site][0] + executed, counts[site][1] + units
+        counts[site] = (executed, units)
+
+    def _shares(self, phase: Phase) -> list[dict[Site, list[float]]]:
+        """Per generation: site -> share executed of each of its sequences (nan where it had no unit)."""
+        groups = []
+        for (kind, _), counts in self._counts.items():
+            if phase in (None, kind):
+                groups.append({site: (done / units).tolist() for site, (done, units) in counts.items()})
+        return groups
+
+    def _sequences(self, phase: Phase) -> list[dict[Site, float]]:
+        out = []
+        for group in self._shares(phase):
+            for row in zip(*group.values(), strict=True):
+                if not any(share != share for share in row):
+                    out.append(dict(zip(group, row, strict=True)))
+        return out
+
+    @property
+    def sequences(self) -> list[dict[Site, float]]:
+        """One entry a prefilled sequence: the share of its units executed, per site (0 or 1 at sequence granularity)."""
+        return self._sequences("prefill")
+
+    def site_keep(self, phase: Phase = None) -> dict[Site, float]:
+        """Mean share executed per site over the sequences of a phase (`"prefill"`, `"decode"`, None: both)."""
+        sequences = self._sequences(phase)
+        if not sequences:
+            return {}
+        return {site: sum(s[site] for s in sequences) / len(sequences) for site in sequences[0]}
+
+    def keep_ratio(self, phase: Phase = None) -> KeepRatio | None:
+        """Of the routed sites and of all sublayers of the target; None where nothing was recorded."""
+        keep = self.site_keep(phase)
+        if not keep:
+            return None
+        executed = sum(keep.values())
+        per_layer = len({site.target for site in keep}) * self._n_layers
+        return KeepRatio(executed / len(keep), (executed + per_layer - len(keep)) / per_layer)
+
+
+_recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("dynadepth_recorders", default=())
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """Records every routed forward of this thread inside the block. May be nested."""
+    recorder = Recorder()
+    token = _recorders.set((*_recorders.get(), recorder))
+    try:
+        yield recorder
+    finally:
+        _recorders.reset(token)
+
+
+def publish(trace: RoutingTrace, generation: Any) -> None:
+    """Hands one forward to the recorders of this thread."""
+    for recorder in _recorders.get():
+        recorder.add(trace, generation)

@@ -1,0 +1,61 @@
+"""The router's contract: float32 hidden states in, one logit a unit out, execute where it reaches the threshold."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadepth.routing.decision import RoutingDecision, straight_through
+
+
+class AbstractRouter(nn.Module, ABC):
+    """Maps units' hidden states to logits. Parameters and arithmetic stay float32, whatever the model's dtype becomes.
+
+    `threshold` (float32 scalar, logit space, saved with the parameters) is what a budget moves; 0 is sigmoid 0.5.
+    `constant` is the decision of a router that never looks at its input, known without running it; None otherwise.
+    """
+
+    threshold: Tensor
+    constant: bool | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Float32 `[..., D]` to float32 logits `[...]`."""
+
+    def gate(self, logits: Tensor, execute: Tensor) -> Tensor:
+        """The training-time gate of the decisions: hard 0 or 1, with the gradient of sigmoid(logit - threshold)."""
+        return straight_through(torch.sigmoid(logits - self.threshold), execute)
+
+    def decide(self, hidden: Tensor, with_gate: bool) -> RoutingDecision:
+        """Decides for units of float32 hidden states `[..., D]`; `with_gate` adds the differentiable gate."""
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            logits = self(hidden)
+            execute = logits.detach() >= self.threshold
+            return RoutingDecision(execute, logits, self.gate(logits, execute) if with_gate else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Follow the model to its device, but never to its dtype.
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class ConstantRouter(AbstractRouter):
+    """Always the same decision, without parameters: the router of static routes."""
+
+    def __init__(self, execute: bool) -> None:
+        super().__init__()
+        self.constant = execute
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_full(hidden.shape[:-1], float("inf") if self.constant else float("-inf"))

@@ -1,0 +1,168 @@
+"""Routes a model's own sublayer in place: the module keeps its identity, parameters and names; only its class changes.
+
+`routed_class(LlamaAttention)` is a subclass of `LlamaAttention` with the same name whose `forward` asks the forward in
+progress (`context.current()`) what to run. Outside a routed forward it is the base module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadepth.routing.call import SublayerCall
+from dynadepth.routing.context import ForwardContext, Injection, current
+from dynadepth.routing.decision import RoutingDecision, Site
+from dynadepth.routing.granularity import Granularity
+from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.skip_path import AbstractSkipPath, IdentityPath
+from dynadepth.routing.target import Target
+
+ROUTER = "depth_router"
+"""Name of the router as a child of the routed module."""
+
+
+@dataclass
+class SublayerState:
+    """What a routed module knows of its site. `extras`: elements behind the hidden states in its output tuple; None where it
+    returns a bare tensor (learnt by the probe). `project`: keys and values of given tokens, see `token_kv`."""
+
+    owner: Any
+    site: Site
+    router: AbstractRouter
+    granularity: Granularity
+    target: Target
+    kv_policy: str
+    config: Any
+    extras: int | None = 0
+    project: Callable[[Tensor, Any], tuple[Tensor, Tensor]] | None = None
+    skip_path: AbstractSkipPath = field(default_factory=IdentityPath)
+
+    def known(self, context: ForwardContext) -> Injection | None:
+        """The decision that needs no router: injected, or constant; None where the router must be asked."""
+        given = context.given(self.site)
+        return self.router.constant if given is None else given
+
+    # ---- the form of the module's output
+
+    def hidden_of(self, result: Any) -> Tensor:
+        return result if self.extras is None else result[0]
+
+    def wrap(self, hidden: Tensor, weights: Tensor | None) -> Any:
+        """`hidden` as the host expects it, with the attention weights where it asked for them."""
+        if self.extras is None:
+            return hidden
+        return (hidden, weights, *[None] * (self.extras - 1)) if self.extras else (hidden,)
+
+    # ---- the three ways to carry out a decision
+
+    def run_all(self, call: SublayerCall, context: ForwardContext) -> Any:
+        """Every unit executes: the base module's own call, bit for bit."""
+        if self.wants_weights(context) and self.target.name == "block":
+            context.attention_fixes[self.site.layer] = _unchanged
+        return call()
+
+    def skip_all(self, call: SublayerCall, context: ForwardContext) -> Any:
+        """No unit executes: no kernel of the base module runs."""
+        hidden = call.hidden
+        weights = None
+        if self.wants_weights(context):
+            weights = self.zero_weights(hidden, context)
+            if self.target.name == "block":
+                context.attention_fixes[self.site.layer] = None
+        return self.wrap(self.target.skipped(hidden, self.skip_path(hidden)), weights)
+
+    def select(
+        self, call: SublayerCall, result: Any, decision: RoutingDecision, shape: tuple[int, ...], context: ForwardContext
+    ) -> Any:
+        """The masked path: the module's output where the gate is 1, the skip path's where it is 0."""
+        hidden, output = call.hidden, self.hidden_of(result)
+        skipped = self.target.skipped(hidden, self.skip_path(hidden))
+        if decision.gate is None:
+            mixed = torch.where(decision.execute.view(shape), output, skipped)
+        else:
+            gate = decision.gate.view(shape).to(output.dtype)
+            mixed = gate * output + (1 - gate) * skipped
+        if self.extras is None:
+            return mixed
+        return (mixed, *result[1:])
+
+    # ---- attention weights: one full-batch entry a layer, zeros where it was skipped
+
+    def wants_weights(self, context: ForwardContext) -> bool:
+        return (
+            context.output_attentions and self.target.keeps_kv and self.config._attn_implementation == "eager"
+        )
+
+    def key_length(self, tokens: int, context: ForwardContext) -> int:
+        return tokens if context.cache is None else context.cache.get_mask_sizes(tokens, self.site.layer)[0]
+
+    def zero_weights(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """`[B, heads, T, keys]` of zeros."""
+        batch, tokens = hidden.shape[:2]
+        return hidden.new_zeros(batch, self.config.num_attention_heads, tokens, self.key_length(tokens, context))
+
+    def full_rows(self, result: Any, rows: Tensor, batch: int, context: ForwardContext) -> Tensor | None:
+        """The weights of some rows as those of the batch."""
+        if not self.wants_weights(context):
+            return None
+
+        def fix(weights: Tensor) -> Tensor:
+            return weights.new_zeros(batch, *weights.shape[1:]).index_copy(0, rows, weights)
+
+        if self.target.name == "block":
+            context.attention_fixes[self.site.layer] = fix
+            return None
+        return fix(result[1])
+
+
+def _unchanged(weights: Tensor) -> Tensor:
+    return weights
+
+
+class RoutedSublayer:
+    """Mixin put before the base module's class. `depth_state` is a plain attribute; `depth_router` a child module."""
+
+    depth_state: SublayerState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        context, state = current(), self.depth_state
+        base = super().forward  # type: ignore[misc]
+        if context is None or context.owner is not state.owner:
+            return base(*args, **kwargs)
+        return state.granularity.run(state, SublayerCall(base, args, kwargs), context)
+
+
+@cache
+def subclass_like(base: type, mixin: type) -> type:
+    """`mixin` put before `base`, under the base's own name and module, so that registries keyed by them still match."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    if "forward" in vars(mixin):  # classes that decorate `cls.forward` at creation must find it on the class itself
+        names["forward"] = _forwarding(mixin)
+    return type(base.__name__, (mixin, base), names)
+
+
+def _forwarding(mixin: type) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return forward
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Puts `mixin` before the module's class, in place. An instance-level `forward` (accelerate's hooks) is rebound."""
+    module.__class__ = subclass_like(type(module), mixin)
+    if "_old_forward" in vars(module):
+        module._old_forward = type(module).forward.__get__(module)  # type: ignore[attr-defined,assignment]
+
+
+def restore_class(module: nn.Module, mixin: type) -> None:
+    """Undoes `swap_class`."""
+    original = next(c for c in type(module).__mro__[1:] if not issubclass(c, mixin) and issubclass(c, nn.Module))
+    module.__class__ = original
+    if "_old_forward" in vars(module):
+        module._old_forward = type(module).forward.__get__(module)  # type: ignore[attr-defined,assignment]

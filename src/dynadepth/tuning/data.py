@@ -1,0 +1,157 @@
+"""Tuning data: JSON Lines files and `datasets` names become token ids with a known prompt length, then padded batches.
+
+An example is one sequence of ids and the number of its tokens that are the prompt. A router may look at the prompt
+alone and the loss counts the rest alone, so nothing downstream needs to know which columns a file had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dynadepth.errors import ConfigError, DataError
+from dynadepth.tuning.formats import RowError, format_of
+from dynadepth.tuning.sources import open_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label that no loss counts."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tuning sequence."""
+
+    input_ids: list[int]
+    """Token ids, special tokens included."""
+
+    prompt_length: int
+    """How many of them are the prompt; at least one more follows. 0: plain text, no prompt is known."""
+
+
+class Collator:
+    """Pads examples on the right into one batch of B rows and T columns, T a multiple of `pad_to_multiple_of`.
+
+    Plain text has no prompt, so a prefix of 1/8 to 3/4 of its tokens stands in for one. Its length is drawn from the
+    row's own ids and `seed`: it stays the same in every epoch, in every batch, and in whatever order rows come.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | int, *, pad_to_multiple_of: int = 8, seed: int = 0) -> None:
+        """`tokenizer`: for its pad token, or the id itself."""
+        self.pad_token_id = tokenizer if isinstance(tokenizer, int) else pad_token_id(tokenizer)
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.seed = seed
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask`, `labels` (int64) and `prompt_mask` (bool), each `[B, T]`.
+
+        Every attended token is either in `prompt_mask` or has its own id as label; all other labels are -100.
+        """
+        step = self.pad_to_multiple_of
+        width = -(-max(len(example.input_ids) for example in examples) // step) * step
+        input_ids = torch.full((len(examples), width), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORED)
+        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            ids = torch.tensor(example.input_ids)
+            prompt = example.prompt_length or self.prefix_length(example.input_ids)
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+            labels[row, prompt : len(ids)] = ids[prompt:]
+            prompt_mask[row, :prompt] = True
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "prompt_mask": prompt_mask}
+
+    def prefix_length(self, input_ids: Sequence[int]) -> int:
+        """The stand-in prompt's length of a plain text: 1/8 to 3/4 of it, at least 1, decided by ids and seed."""
+        low = max(1, -(-len(input_ids) // 8))
+        high = max(low, len(input_ids) * 3 // 4)
+        content = f"{self.seed}:{','.join(map(str, input_ids))}".encode()
+        return low + int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") % (high - low + 1)
+
+
+def load_examples(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_samples: int | None = None,
+    max_length: int = 512,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> list[Example]:
+    """At most `max_samples` examples of at most `max_length` tokens, in an order that `seed` decides.
+
+    `source`: a `.jsonl` or `.jsonl.gz` file, or a `datasets` name or folder (`NAME` or `NAME:CONFIG`, split `train`).
+    The first of these sets of columns that the first row has says how every row is read:
+
+    - `messages`: by the tokenizer's chat template, without one as `role: content`; the last assistant turn is the
+      answer, all before it the prompt, and later turns are left out;
+    - `prompt`, `completion`: one directly after the other;
+    - `instruction`, `output` and, where there is one, `input`: in Alpaca's prompt;
+    - `question`, `answer`: as `Question: …\\nAnswer: …`;
+    - `text`: plain text, `prompt_length` 0.
+
+    Outside of a chat template an answer ends with the end-of-sequence token. Answers and plain texts that run over are
+    cut at `max_length`. Rows whose prompt leaves no room for an answer, and rows without an answer, are dropped with
+    one warning and the rows behind take their place. `shuffle=False` keeps the source's order.
+
+    Raises `DataError` where the source is missing, damaged, empty, malformed at a line, has none of these columns, or
+    where no row fits.
+    """
+    if (max_samples is not None and max_samples < 1) or max_length < 2:
+        raise ConfigError(
+            f"max_samples={max_samples} and max_length={max_length} leave nothing to tune on: "
+            "it takes at least 1 sample of 2 tokens."
+        )
+    table = open_table(source)
+    columns, read = format_of(table)
+    order = list(range(len(table.rows)))
+    if shuffle:
+        random.Random(seed).shuffle(order)
+    examples: list[Example] = []
+    too_long: list[int] = []
+    empty = 0
+    for index in order:
+        if len(examples) == max_samples:
+            break
+        try:
+            ids, prompt = read(table.rows[index], tokenizer, max_length)
+        except RowError as error:
+            raise DataError(f"{table.where(index)} cannot be read as {' + '.join(columns)}: {error}.") from error
+        if prompt >= max_length:
+            too_long.append(prompt)
+        elif len(ids) <= max(prompt, 1):
+            empty += 1
+        else:
+            examples.append(Example(ids[:max_length], prompt))
+    seen = len(examples) + len(too_long) + empty
+    if too_long and not examples:
+        raise DataError(
+            f"No sample of {table.name} fits into max_length={max_length}: the shortest prompt takes {min(too_long)} "
+            "tokens, and an answer needs at least one more; raise max_length or give shorter samples."
+        )
+    if not examples:
+        raise DataError(f"None of the {seen} samples of {table.name} has an answer: there is nothing to tune on.")
+    if too_long or empty:
+        warnings.warn(
+            f"{len(too_long) + empty} of {seen} samples of {table.name} were dropped: {len(too_long)} whose prompt "
+            f"alone takes max_length={max_length} tokens or more, {empty} without an answer.",
+            stacklevel=2,
+        )
+    return examples
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to pad with; never attended, so any id will do where the tokenizer names none."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in known if isinstance(i, int))

@@ -1,0 +1,125 @@
+"""A tuning set that needs no data: the dense model answers prompts that ship with the package.
+
+Routers tuned on it keep the model's own distribution where the model itself goes. Every random number belongs to one
+prompt and one step, so a text depends on its neighbours in the batch, and on other users of torch's generators, not
+at all (but for the rounding of a padded batch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynadepth.errors import ConfigError, TuningError
+from dynadepth.model import disabled, is_attached
+from dynadepth.tuning.data import Example, pad_token_id
+from dynadepth.tuning.formats import encode_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], object]
+"""Called with the number of texts that are done and the number of all."""
+
+_OPENINGS = (
+    "The", "In the", "A", "It was", "On", "When", "According to", "There are", "After the", "He", "She", "They", "We",
+    "I", "This", "As", "For", "At the", "By", "From", "One of the", "Many", "Although", "During", "Most", "If", "To",
+    "With", "Since", "While", "However,", "Between", "Early", "Under", "People", "Another", "New", "Before", "Our",
+    "Because of",
+)  # fmt: skip
+"""How plain passages start: words that lead anywhere."""
+
+
+def self_prompts() -> list[dict[str, str]]:
+    """The prompts that ship with the package, each with `id`, `domain` and `prompt`."""
+    text = (files("dynadepth.tuning") / "self_prompts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def self_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int = 200,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    temperature: float = 0.8,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    cache_dir: Path | None = None,
+) -> list[Example]:
+    """`n` examples in an order that `seed` decides: a prompt of `self_prompts` and the dense model's sampled answer.
+
+    Domains take turns, so that every prefix of the list is balanced; beyond the number of prompts they are answered
+    once more. A prompt is set in the chat template where the tokenizer has one, else simply continued. An answer ends
+    with an end-of-sequence token or after `max_new_tokens`. Routing is switched off meanwhile; the model's mode and
+    torch's generators are as before afterwards.
+
+    With `cache_dir` answers are kept there after each batch, and a second call with the same model and arguments
+    starts from them: what is lost by an interruption is at most one batch, and the result is the uninterrupted one.
+    Raises `ConfigError` for arguments out of range, `TuningError` where the folder cannot be written.
+    """
+    prompts = _balanced(self_prompts(), n, random.Random(seed))
+    jobs = [_Job(f"answer {key}", encode_chat(tokenizer, prompt)) for key, prompt in prompts]
+    texts = _continue(model, tokenizer, jobs, max_new_tokens, seed, temperature, batch_size, progress, cache_dir)
+    return [Example(job.prompt + text, len(job.prompt)) for job, text in zip(jobs, texts, strict=True)]
+
+
+def plain_passages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int = 64,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    cache_dir: Path | None = None,
+) -> list[Example]:
+    """`n` plain texts (`prompt_length` 0) in the dense model's own distribution: it goes on from a word or two.
+
+    Arguments, caching and errors are those of `self_examples`.
+    """
+    rng = random.Random(seed)
+    order = [opening for _ in range(-(-n // len(_OPENINGS))) for opening in rng.sample(_OPENINGS, len(_OPENINGS))]
+    jobs = [_Job(f"passage {i}", list(tokenizer(text)["input_ids"])) for i, text in enumerate(order[:n])]
+    texts = _continue(model, tokenizer, jobs, max_new_tokens, seed, temperature, batch_size, progress, cache_dir)
+    return [Example(job.prompt + text, 0) for job, text in zip(jobs, texts, strict=True)]
+
+
+def _balanced(rows: Sequence[dict[str, str]], n: int, rng: random.Random) -> list[tuple[str, str]]:
+    """(key, prompt) of `n` prompts. In each round every domain gives one, in a new order, until it has no more."""
+    chosen: list[tuple[str, str]] = []
+    turn = 0
+    while rows and len(chosen) < n:
+        turn += 1
+        domains: dict[str, list[dict[str, str]]] = {}
+        for row in rng.sample(rows, len(rows)):
+            domains.setdefault(row["domain"], []).append(row)
+        while domains:
+            for domain in rng.sample(sorted(domains), len(domains)):
+                row = domains[domain].pop()
+                chosen.append((f"{row['id']} {turn}", row["prompt"]))
+            domains = {domain: left for domain, left in domains.items() if left}
+    return chosen[:n]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A text to go on from."""
+
+    key: str
+    """Unique in its list; the text's random numbers hang on it."""
+
+    prompt: list[int]
