@@ -49,6 +49,9 @@ class SublayerCost:
     scores: int = 0
     """Multiply-adds per query and key: heads × (dimension of a key + dimension of a value)."""
 
+    per_key: int = 0
+    """Multiply-adds per key alone, whatever the number of queries: latent attention expands cached states every time."""
+
     cached: int = 0
     """Elements of keys and values stored a token."""
 
@@ -61,7 +64,8 @@ class SublayerCost:
 
     def flops(self, tokens: int, past: int) -> int:
         """Of the dense sublayer."""
-        return 2 * tokens * (self.weights + self.scores * int(self.keys(tokens, past)))
+        keys = int(self.keys(tokens, past))
+        return 2 * (tokens * (self.weights + self.scores * keys) + self.per_key * keys)
 
     def flops_by_token(self, keep: float, tokens: int, past: int, project: bool) -> float:
         """Expected FLOPs where each token executes with probability `keep`, before and now.
@@ -70,7 +74,8 @@ class SublayerCost:
         """
         keys = self.keys(tokens, past) * (1.0 if project else keep)
         skipped = self.key_value_weights * (1.0 - keep) if project else 0.0
-        return 2 * tokens * (keep * (self.weights + self.scores * keys) + skipped)
+        any_executes = 1.0 - (1.0 - keep) ** tokens
+        return 2 * (tokens * (keep * (self.weights + self.scores * keys) + skipped) + any_executes * self.per_key * keys)
 
     def stored(self, length: int) -> int:
         """Elements in the cache after `length` tokens."""
@@ -107,10 +112,13 @@ def head_flops(model: PreTrainedModel, tokens: int = 1) -> int:
 
 
 def router_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
-    """FLOPs of all routers for one sequence: every token at `token` granularity, one pooled vector at the prefill else."""
+    """FLOPs of all routers for one sequence: every token at `token` granularity, one pooled vector at the prefill else.
+
+    A router's products with a single weight vector count too (PyTorch's counter has no formula for those).
+    """
     routing = routing_of(model)
     decisions = tokens if routing.config.granularity == "token" else int(past == 0)
-    return 2 * decisions * sum(_weights(r, model.config, False) for r in routing.routers().values())
+    return 2 * decisions * sum(p.numel() for r in routing.routers().values() for p in r.parameters() if p.dim())
 
 
 def flops_share(
@@ -122,8 +130,9 @@ def flops_share(
     logits are computed, for the model's share. At `token` granularity attention is taken as executing each token
     independently with that probability, so that without projected keys both queries and keys shrink.
     """
-    config, costs = routing_of(model).config, sublayer_costs(model)
-    by_token, project = config.granularity == "token", getattr(config, "kv_policy", "drop") == "project"
+    routing, costs = routing_of(model), sublayer_costs(model)
+    config = routing.config
+    by_token, project = config.granularity == "token", config.kv_policy == "project"
     parts = PARTS[config.target]
     dense = {part: sum(cost[part].flops(tokens, past) for cost in costs) for part in ("attention", "mlp")}
     dense_target = sum(dense[part] for part in parts)
@@ -134,7 +143,8 @@ def flops_share(
             cost = costs[site.layer][part]
             full = cost.flops(tokens, past)
             saved += full - (cost.flops_by_token(share, tokens, past, project) if by_token else share * full)
-        saved -= (1.0 - share) * 2 * tokens * _skip_path_weights(model, site)
+        path = routing.states[site].skip_path
+        saved -= (1.0 - share) * 2 * tokens * _weights(path, config, skip_own=False)
     dense_model = sum(dense.values()) + head_flops(model, scored)
     return Share(1.0 - saved / dense_target, 1.0 - saved / dense_model)
 
@@ -148,20 +158,27 @@ def kv_share(model: PreTrainedModel, keep: Mapping[Site, float], length: int) ->
     """KV bytes of the routed model over those of the dense one; `project` stores all of them at `token` granularity."""
     config = routing_of(model).config
     stored = [cost["attention"].stored(length) for cost in sublayer_costs(model)]
-    if config.granularity == "token" and getattr(config, "kv_policy", "drop") == "project":
+    if config.granularity == "token" and config.kv_policy == "project":
         return 1.0
     saved = sum((1.0 - k) * stored[site.layer] for site, k in keep.items() if "attention" in PARTS[site.target])
     return 1.0 - saved / sum(stored)
 
 
-def _attention_cost(attention: nn.Module, config: Any, window: int | None) -> SublayerCost:
+def _attention_cost(attention: Any, config: Any, window: int | None) -> SublayerCost:
     own = getattr(attention, "config", config)
     heads = own.num_attention_heads
+    weights = _weights(attention, own)
+    if getattr(attention, "kv_lora_rank", None):  # multi-head latent attention (DeepSeek) caches compressed states
+        expand = _weights(attention.kv_b_proj, own)
+        scores = heads * (attention.qk_head_dim + attention.v_head_dim)
+        cached = attention.kv_lora_rank + attention.qk_rope_head_dim
+        compress = own.hidden_size * cached
+        return SublayerCost(weights - expand, compress, scores, expand, cached, window)
     key_value_heads = getattr(own, "num_key_value_heads", None) or heads
     sizes = (getattr(holder, name, None) for holder in (attention, own) for name in ("head_dim", "head_size"))
     head_dim = next((size for size in sizes if size), own.hidden_size // heads)
     width = key_value_heads * 2 * head_dim
-    return SublayerCost(_weights(attention, own), own.hidden_size * width, heads * 2 * head_dim, width, window)
+    return SublayerCost(weights, own.hidden_size * width, heads * 2 * head_dim, 0, width, window)
 
 
 def _weights(module: nn.Module, config: Any, skip_own: bool = True) -> int:
@@ -182,9 +199,3 @@ def _weights(module: nn.Module, config: Any, skip_own: bool = True) -> int:
     else:
         own = sum(p.numel() for p in matrices)
     return own + sum(_weights(child, config, skip_own) for child in module.children())
-
-
-def _skip_path_weights(model: PreTrainedModel, site: Site) -> int:
-    """Multiply-adds a token of the skip path of a site."""
-    paths = getattr(routing_of(model), "skip_paths", None)
-    return 0 if paths is None else _weights(paths()[site], model.config, False)

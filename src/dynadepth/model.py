@@ -52,6 +52,11 @@ class Routing:
         sparse = self.granularity.name == "token" and self.target.keeps_kv and self.config.kv_policy == "drop"
         return tuple(site.layer for site in self.sites) if sparse else ()
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What tells whether a cache filled under one routing can be continued under another."""
+        return (self.sites, self.granularity.name, self.sparse_layers)
+
     def routers(self) -> dict[Site, AbstractRouter]:
         """The router of each site."""
         return {site: state.router for site, state in self.states.items()}
@@ -143,7 +148,7 @@ def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
 
 def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_layers: int) -> Routing:
     target, granularity = target_named(config.target), granularity_named(config.granularity)
-    chosen = config.default_layers(n_layers) if config.layers is None else config.layers
+    chosen = config.routed_layers(n_layers)
     outside = [i for i in chosen if not 0 <= i < n_layers]
     if outside:
         raise ConfigError(
@@ -285,7 +290,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "sites": [str(site) for site in routing.sites],
         "base_model": adapter.identity(unwrapped(model), decoder_layers(unwrapped(model), routing.spec)),
         "budget": routing.budget,
-        "calibration": None if routing.calibration is None else vars(routing.calibration),
+        "calibration": None if routing.calibration is None else routing.calibration.to_dict(),
         "provenance": routing.provenance,
     }
     tensors = {
@@ -315,9 +320,7 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
     except (KeyError, RuntimeError, AdapterError) as error:
         detach(model)
         raise AdapterError(f"{directory} does not fit its own configuration: {error}. Save the routers again.") from error
-    calibration = data.get("calibration")
-    if calibration is not None:
-        keeps, thresholds = tuple(calibration["keeps"]), tuple(calibration["thresholds"])
-        routing.calibration = Calibration(keeps, thresholds, calibration["n_sequences"])
+    if data.get("calibration") is not None:
+        routing.calibration = Calibration.from_dict(data["calibration"])
     routing.budget, routing.provenance = data.get("budget"), data.get("provenance", {})
     return model

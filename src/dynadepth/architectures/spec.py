@@ -27,9 +27,12 @@ def project_kv(attention: nn.Module, hidden: Tensor, position_embeddings: Any) -
     norm = getattr(module, "k_norm", None)
     if norm is not None and norm.weight.shape[-1] != module.head_dim:
         keys, norm = norm(keys), None
-    keys = keys.view(heads)
+    values = module.v_proj(hidden)
+    clip = getattr(getattr(module, "config", None), "clip_qkv", None)  # OLMo, OLMoE
+    if clip is not None:
+        keys, values = keys.clamp(-clip, clip), values.clamp(-clip, clip)
+    keys, values = keys.view(heads), values.view(heads).transpose(1, 2)
     keys = (norm(keys) if norm is not None else keys).transpose(1, 2)
-    values = module.v_proj(hidden).view(heads).transpose(1, 2)
     if getattr(module, "use_rope", True):
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
         keys = rotate(keys, keys, *position_embeddings)[1]

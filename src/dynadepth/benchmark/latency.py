@@ -25,8 +25,9 @@ from dynadepth.benchmark.pruned import bare_twin, pruned_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
 from dynadepth.cost import flops, flops_share
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.model import is_attached, recording, routing_of
+from dynadepth.model import is_attached, routing_of
 from dynadepth.routing.decision import Site
+from dynadepth.routing.recorder import recording
 
 Cell = dict[str, Any]
 UNITS = {"prefill": "s/prefill", "decode": "s/token", "generate": "s/call"}

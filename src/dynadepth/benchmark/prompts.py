@@ -25,8 +25,8 @@ def cut_prompts(tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, 
     rows = []
     for index in range(count):
         start = _line_start(text, index * len(text) // count)
-        ids = tokenizer(text[start : start + length * CHARS_PER_TOKEN], verbose=False)["input_ids"]
-        rows.append(ids[:length])
+        excerpt = text[start : start + length * CHARS_PER_TOKEN].lstrip()
+        rows.append(tokenizer(excerpt, verbose=False)["input_ids"][:length])
     shortest = min(map(len, rows), default=length)
     if shortest < length:
         raise DataError(

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, spec_for
 from dynadepth.cost import PARTS
 from dynadepth.errors import ConfigError
-from dynadepth.model import detach, is_attached
+from dynadepth.model import detach, is_attached, unwrapped
 from dynadepth.routing.decision import Site
 
 
@@ -42,7 +42,7 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def bare_twin(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model as transformers built it, in eval mode, on the weights of `model` (attached or not)."""
-    twin = shared_copy(model)
+    twin = shared_copy(unwrapped(model))
     return (detach(twin) if is_attached(twin) else twin).eval()
 
 

@@ -46,11 +46,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model as it stands: routed where routers are attached, else dense.
 
-    `tasks`: stems of the files in `task_data`, or names of lm-evaluation-harness without it, or the bundled `questions`;
-    `limit` takes their first rows. `perplexity`: text files, of which `max_windows` takes the first windows. With
-    `compare_dense` the dense model is scored on the same rows and tokens, which gives `dense`, `kl`, `agreement` and, per
-    task, `diff_vs_dense`: a 95 % paired bootstrap interval (from `seed`) of the usual metric's difference. `progress` is
-    given a line after each batch, for a status line. A model without routers is its own dense model.
+    `tasks`: stems of the files in `task_data`, or names of lm-evaluation-harness without it, or the bundled
+    `questions`; `limit` takes their first rows. `perplexity`: text files, of which `max_windows` takes the first
+    windows. With `compare_dense` the dense model is scored on the same rows and tokens, which gives `dense`, `kl`,
+    `agreement` and, per task, `diff_vs_dense`: a 95 % paired bootstrap interval (from `seed`) of the usual metric's
+    difference. `progress` is given a line after each batch, for a status line. A model without routers is its own
+    dense model.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `flops_share` and `kv_share` those of the whole model, for sequences of their mean length.
@@ -71,7 +72,11 @@ def evaluate(
     with recording() as record, _mean_length(model) as mean_length:
         results = suite.run(limit) if suite else {}
         for file, text in texts.items():
-            options = {"batch_size": max(1, batch_size // 2), "max_windows": max_windows, "progress": _said(progress, file)}
+            options: dict[str, Any] = {
+                "batch_size": max(1, batch_size // 2),  # windows are long
+                "max_windows": max_windows,
+                "progress": _said(progress, file),
+            }
             if compare_dense:
                 divergences[file] = divergence(model, tokenizer, text, **options)
                 measured[file] = divergences[file].routed
@@ -115,7 +120,11 @@ class _Suite:
 
         with quietly():
             self.lm = DynadepthLM(
-                model, tokenizer=tokenizer, batch_size=batch_size, progress=_said(progress, ", ".join(names))
+                model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                progress=_said(progress, ", ".join(names)),
+                bars=False,
             )
 
     def run(self, limit: int | None) -> dict[str, TaskResult]:

@@ -1,9 +1,9 @@
 """What a row of a task file means: the zero-shot prompt, what is scored, and which figure is the task's usual one.
 
-A file's format is recognised by the fields of its rows; where fields alone cannot tell (ARC and HellaSwag have the same),
-its name can. Each format becomes a config of lm-evaluation-harness, whose prompts and metrics these are. The score of a
-choice is the summed log-probability of `" " + choice` after the prompt; `acc_norm` divides it by the choice's length in
-bytes (the harness's `acc_bytes`).
+A file's format is recognised by the fields of its rows; where fields alone cannot tell (ARC and HellaSwag have the
+same), its name can. Each format becomes a config of lm-evaluation-harness, whose prompts and metrics these are. The
+score of a choice is the summed log-probability of `" " + choice` after the prompt; `acc_norm` divides it by the
+choice's length in bytes (the harness's `acc_bytes`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Format:
         if self.choices is not None:
             config["doc_to_choice"] = self.choices
         if self.output_type == "loglikelihood":
-            config["metric_list"].append({"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False})
+            config["metric_list"].append(
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+            )
         if self.output_type == "generate_until":
             config |= _LAST_NUMBER
         return config

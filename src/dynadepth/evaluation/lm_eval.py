@@ -8,23 +8,21 @@ takes as a model, `routers` a folder of saved routers (none: the bare model), an
 
 What a sequence-level router may pool is the context, never the continuation. Where the options of a question differ in
 their context (WinoGrande), it is what their contexts have in common, so that a question is scored under one route.
-
-Shape suffixes: B rows, T tokens, N scored positions, P (position, token) pairs.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dynadepth import hub
 from dynadepth.errors import ConfigError, DataError, DynadepthError
-from dynadepth.evaluation.scoring import Scorer, pair_log_probs
+from dynadepth.evaluation.continuations import Answer, ContinuationScorer, Request, common_prefix
 from dynadepth.evaluation.tasks import missing_extra
 from dynadepth.model import is_attached, load, routing_of, set_budget
 
@@ -39,36 +37,12 @@ logger = logging.getLogger(__name__)
 # By its path, not as a decorator: run with `python -m`, this file is imported twice.
 model_registry.register("dynadepth", target="dynadepth.evaluation.lm_eval:DynadepthLM")
 
-Answer = tuple[float, bool]
-"""Summed log-probability of a continuation, and whether greedy decoding would write it."""
-
-
-@dataclass
-class Request:
-    """A continuation to be scored, in tokens."""
-
-    question: Hashable
-    """Requests with the same value belong to one question: they share a route."""
-
-    context: list[int]
-    continuation: list[int]
-    pooled: int = 0
-    """How many tokens of the context a router may see."""
-
-    text: tuple[str, str] | None = None
-    """For messages."""
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """What the model reads: everything but the last token, which is only predicted."""
-        return (*self.context, *self.continuation[:-1])
-
 
 class DynadepthLM(HFLM):
     """`HFLM` for routed models, and as good for models without routers.
 
-    Log-likelihoods are summed in float32, only continuations pass the language model head, and requests that read the same
-    tokens (the letters of a multiple choice) are one row of one forward.
+    Log-probabilities are float32 whatever the model's dtype, only continuations pass the language model head, and the
+    prompt that the options of a question share is read once.
     """
 
     def __init__(
@@ -78,57 +52,65 @@ class DynadepthLM(HFLM):
         budget: float | str | None = None,
         device: str | None = None,
         progress: Callable[[str], object] | None = None,
+        bars: bool = True,
         **kwargs: Any,
     ) -> None:
+        """`progress` is given a line after each batch; `bars` shows the harness's progress bars."""
         if isinstance(pretrained, str):
             pretrained = hub.resolve(pretrained)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, device=device, **kwargs)
         if self.backend != "causal":
             raise ConfigError(f"only causal language models can be routed, not {type(self.model).__name__}.")
+        model = self.model
         if routers is not None:
-            self._model = load(self._model, routers)
-            self._model.eval()
+            load(model, routers).eval()  # in place
         if budget is not None:
-            if not is_attached(self._model):
+            if not is_attached(model):
                 raise ConfigError(f"budget={budget} needs routers=DIR: the model has none.")
             try:
                 share = float(budget)
             except ValueError:
                 raise ConfigError(f"budget={budget} is no number: give a share such as 0.75.") from None
-            set_budget(self._model, **{routing_of(self._model).config.target: share})
-        self.progress = progress
-        self.scorer = Scorer(self._model, is_attached(self._model))
+            set_budget(model, **{routing_of(model).config.target: share})
+        self.progress, self.bars = progress, bars
+        self.scorer = ContinuationScorer(model, self.tokenizer.pad_token_id or 0)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """One answer for each of the harness's requests, in their order."""
+        questions: dict[Any, list[Request]] = {}
         rows = []
         for index, request in enumerate(requests):
             context, continuation = self._encode(*request.args[:2])
-            asked = (request.task_name, request.doc_id)
+            row = Request(context, continuation, len(context))
             # A request without a context ("unconditional", for mutual information) is no option of the question.
-            question = (*asked, request.args[0] == "") if request.doc_id is not None else index
-            rows.append(Request(question, context, continuation, text=request.args))
-        for options in _grouped(rows, lambda row: row.question):
-            self._share_route(options)
-        # The harness caches the answers of a finished run. Adding single ones on the way, as HFLM does, could leave half of
-        # a question's options in the cache, and the other half without the contexts that their common route depends on.
-        return self._score(rows)
+            question = (request.task_name, request.doc_id, not request.args[0])
+            questions.setdefault(index if request.doc_id is None else question, []).append(row)
+            rows.append(row)
+        for options in questions.values():
+            self._share_prompt(options)
+        # The harness caches the answers of a finished run. Adding single ones on the way, as HFLM does, could leave
+        # half of a question's options in the cache, and the other half without the contexts that their common prompt
+        # depends on.
+        return self._score(rows, bar=not disable_tqdm)
 
     def _loglikelihood_tokens(
-        self, requests: Iterable[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
+        self,
+        requests: Iterable[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
     ) -> list[Answer]:
-        """For callers that bring tokens, without questions: `loglikelihood_rolling` above all, whose text is one.
+        """For callers that bring tokens, without questions: `loglikelihood_rolling` above all, whose text is None.
 
-        There the prompt is the first quarter of each window (or its context, where longer). Its tokens are scored too, as the
-        harness has it: for a figure without that, use dynadepth's own perplexity.
+        There the prompt is the first quarter of each window (or its context, where longer). These tokens are scored
+        too, as the harness has it: for a figure without that, use dynadepth's own perplexity.
         """
         rows = []
-        for index, (text, context, continuation) in enumerate(requests):
-            row = Request(index, list(context), list(continuation), text=text)
-            self._share_route([row])
-            if text is None:
-                row.pooled = max(row.pooled, len(row.tokens) // 4)
+        for text, context, continuation in requests:
+            row = Request(list(context), list(continuation), len(context))
+            self._share_prompt([row])
+            if text is None and len(row.tokens) // 4 > row.pooled:
+                row.pooled = len(row.tokens) // 4
             rows.append(row)
         return self._score(rows, override_bs)
 
@@ -139,87 +121,59 @@ class DynadepthLM(HFLM):
         prefix = self.prefix_token_id
         return ([prefix], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
 
-    def _share_route(self, options: list[Request]) -> None:
-        """Sets what a router may see, the same tokens for all options of a question, and fits them to the model's length."""
+    def _share_prompt(self, options: list[Request]) -> None:
+        """Gives all options of a question the same prompt, and cuts them to the model's length."""
         for row in options:
             if not row.continuation:
-                raise DataError(f"there is nothing to score in {row.text!r}: the continuation adds no token.")
+                raise DataError(
+                    f"nothing to score after the context that ends in {self.tok_decode(row.context[-9:])!r}."
+                )
             if len(row.continuation) > self.max_length:
                 raise DataError(
-                    f"a continuation of {len(row.continuation)} tokens is longer than the {self.max_length} of the model."
+                    f"a continuation has {len(row.continuation)} tokens, the model reads {self.max_length}."
                 )
-        if _common_prefix(options) == 0:
+        pooled = common_prefix([row.context for row in options])
+        if pooled == 0:  # as the harness does where there is no context at all
+            pooled = 1
             for row in options:
                 row.context = [self.prefix_token_id, *row.context]
-        pooled = _common_prefix(options)
-        # From the left, as the harness truncates, but the same amount for all: the prompt must stay one.
+        # From the left, as the harness does, but the same amount for all: the prompt must stay one.
         excess = max(len(row.tokens) for row in options) - self.max_length
         if excess > 0:
-            logger.warning("A question is %d tokens longer than the model's %d: its start is cut.", excess, self.max_length)
-        for row in options:
-            row.context = row.context[min(max(0, excess), len(row.context) - 1) :]
-            row.pooled = max(1, pooled - max(0, excess))
-
-    def _score(self, rows: list[Request], batch_size: int | None = None) -> list[Answer]:
-        sharing = _grouped(range(len(rows)), lambda i: (rows[i].tokens, rows[i].pooled))
-        sharing.sort(key=lambda group: (-len(rows[group[0]].tokens), rows[group[0]].tokens))
-        size = batch_size or (self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size))
-        answers: dict[int, Answer] = {}
-        for start in range(0, len(sharing), size):
-            batch = sharing[start : start + size]
-            scored = self._score_batch([[rows[i] for i in group] for group in batch])
-            answers |= dict(zip((i for group in batch for i in group), scored, strict=True))
-            if self.progress is not None:
-                self.progress(f"{len(answers)} of {len(rows)} continuations")
-        return [answers[i] for i in range(len(rows))]
-
-    def _score_batch(self, batch: list[list[Request]]) -> list[Answer]:
-        """Answers of one forward: each group of requests reads the same tokens and is one row, padded on the right."""
-        lengths = [len(group[0].tokens) for group in batch]
-        ids_BT = torch.full((len(batch), max(lengths)), self.tokenizer.pad_token_id or 0)
-        places: dict[tuple[int, int], int] = {}  # (row, position) of every scored position, numbered
-        pairs: list[tuple[int, int]] = []  # (number of the place, token predicted there)
-        spans: list[tuple[int, int]] = []  # of each request, in pairs
-        for b, group in enumerate(batch):
-            ids_BT[b, : lengths[b]] = torch.tensor(group[0].tokens)
-            for row in group:
-                spans.append((len(pairs), len(row.continuation)))
-                first = lengths[b] - len(row.continuation)
-                for offset, token in enumerate(row.continuation):
-                    pairs.append((places.setdefault((b, first + offset), len(places)), token))
-        device = self.device
-        column_T = torch.arange(ids_BT.shape[1])
-        mask_BT = column_T < torch.tensor(lengths)[:, None]
-        prompt_BT = column_T < torch.tensor([group[0].pooled for group in batch])[:, None]
-        with torch.autocast(self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None):
-            states = self.scorer(ids_BT.to(device), mask_BT.to(device), prompt_BT.to(device))
-            rows_N, columns_N = torch.tensor(list(places), device=device).unbind(1)
-            positions_P, tokens_P = torch.tensor(pairs, device=device).unbind(1)
-            log_probs_P, top_P = pair_log_probs(
-                states.states_BTD[rows_N, columns_N], states.to_logits, positions_P, tokens_P
+            logger.warning(
+                "A question is %d tokens too long for the model's %d: its start is cut.", excess, self.max_length
             )
-        log_probs, top = log_probs_P.cpu(), top_P.cpu()
-        return [
-            (log_probs[at : at + n].sum().item(), bool(top[at : at + n].all()))
-            for at, n in spans
-        ]
+            for row in options:
+                row.context = row.context[min(excess, len(row.context) - 1) :]
+            pooled = max(1, pooled - excess)
+        for row in options:
+            row.pooled = pooled
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As `HFLM`: the prompts are padded on the left, and each row's prefill decides its route."""
+        answers: list[str] = super().generate_until(requests, disable_tqdm or not self.bars)
+        return answers
 
-def _common_prefix(options: list[Request]) -> int:
-    """Number of tokens with which the contexts of all options begin."""
-    shortest, first = min(len(row.context) for row in options), options[0].context
-    for i in range(shortest):
-        if any(row.context[i] != first[i] for row in options):
-            return i
-    return shortest
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        written: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        if self.progress is not None:
+            self.progress(f"{len(context)} more answers of up to {written.shape[1] - context.shape[1]} tokens")
+        return written
 
+    def _score(self, rows: list[Request], batch_size: int | None = None, bar: bool = False) -> list[Answer]:
+        size = batch_size or (self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size))
+        kind, dtype = self.device.type, self.mixed_precision_dtype
+        with (
+            tqdm(total=len(rows), desc="Scoring continuations", disable=not (bar and self.bars)) as shown,
+            torch.autocast(kind, dtype, enabled=dtype is not None),
+        ):
 
-def _grouped(items: Iterable[Any], key: Callable[[Any], Hashable]) -> list[list[Any]]:
-    """Lists of the items with equal keys, in the order of their first items."""
-    groups: dict[Hashable, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
+            def progress(done: int) -> None:
+                shown.update(done - shown.n)
+                if self.progress is not None:
+                    self.progress(f"{done} of {len(rows)} continuations")
+
+            return self.scorer(rows, size, progress)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Perplexity of a text, and how far routing moves the model from itself: KL(dense‖routed) and top-1 agreement.
 
-The protocol: the text is cut into consecutive windows of `window` tokens. The first `prompt` of a window are its prompt:
-a sequence-level router may pool them, and they are not scored; the `window - prompt` after them are. Every variant, the
-dense model included, thus scores the same tokens after the same contexts. What is left after the last whole window is not
-used. A tokenizer that starts every text with special tokens (Gemma's `<bos>`) starts every window with them, inside its
-prompt: such models are lost without.
+The protocol: the text is cut into consecutive windows of `window` tokens. The first `prompt` of a window are its
+prompt: a sequence-level router may pool them, and they are not scored; the `window - prompt` after them are. Every
+variant, the dense model included, thus scores the same tokens after the same contexts. What is left after the last
+whole window is not used. A tokenizer that starts every text with special tokens (Gemma's `<bos>`) starts every window
+with them, inside its prompt: such models are lost without.
 
 Shape suffixes: B windows of a batch, T tokens, N scored positions, V vocabulary.
 """
@@ -78,9 +78,9 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `text` under `model` as it stands: routed where routers are attached and enabled, else dense.
 
-    `max_windows` takes the first windows only; `progress` is given a line after each batch. A text shorter than one window
-    is one shorter window with a quarter as its prompt, which a warning says. Raises `DataError` for fewer than 8 tokens,
-    `ConfigError` for a window or prompt that makes no sense.
+    `max_windows` takes the first windows only; `progress` is given a line after each batch. A text shorter than one
+    window is one shorter window with a quarter as its prompt, which a warning says. Raises `DataError` for fewer than
+    8 tokens, `ConfigError` for a window or prompt that makes no sense.
     """
     windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
     total, count = 0.0, 0
@@ -180,7 +180,8 @@ def cut(
         why = "the model has no more positions" if longest == positions else "the text has no more tokens"
         prompt = max(1, longest // 4)
         warnings.warn(
-            f"windows of {longest} tokens with a prompt of {prompt} are scored instead of {window}: {why}.", stacklevel=3
+            f"windows of {longest} tokens with a prompt of {prompt} are scored instead of {window}: {why}.",
+            stacklevel=3,
         )
         window = longest
     step = window - len(special)

@@ -30,6 +30,8 @@ class States:
 
     states_BTD: Tensor
     to_logits: Callable[[Tensor], Tensor]
+    cache: Any = None
+    """Keys and values, where they were asked for."""
 
 
 class Scorer:
@@ -47,22 +49,24 @@ class Scorer:
         self._whole_logits = False
 
     @torch.no_grad()
-    def __call__(self, ids_BT: Tensor, mask_BT: Tensor, prompt_BT: Tensor) -> States:
-        """`mask_BT` bool: real tokens; `prompt_BT` bool: those that a sequence-level router may pool."""
-        inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT.long(), "use_cache": False}
-        if self.takes_prompt_mask:
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor, prompt_BT: Tensor | None, **inputs: Any) -> States:
+        """`mask_BT` bool: real tokens (with a cache, those in it first); `prompt_BT` bool: the tokens that a
+        sequence-level router may pool, None where its route is in the cache. `inputs` go to the model as they are."""
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT.long(), "use_cache": False, **inputs}
+        if self.takes_prompt_mask and prompt_BT is not None:
             inputs["prompt_mask"] = prompt_BT
         head = self.model.get_output_embeddings()
         if head is not None and not self._whole_logits:
             with _Tap(head) as tap:
-                logits = self.model(**inputs).logits
+                outputs = self.model(**inputs)
             if self._finish is None and tap.raw is not None:
-                self._finish = _find_finish(self.model.config, tap.raw, logits)
+                self._finish = _find_finish(self.model.config, tap.raw, outputs.logits)
             if self._finish is not None and tap.entered is not None:
                 finish = self._finish
-                return States(tap.entered, lambda states: finish(head(states)))
+                return States(tap.entered, lambda states: finish(head(states)), outputs.past_key_values)
         self._whole_logits = True
-        return States(self.model(**inputs).logits, lambda states: states)
+        outputs = self.model(**inputs)
+        return States(outputs.logits, lambda states: states, outputs.past_key_values)
 
 
 class _Tap:
@@ -75,7 +79,10 @@ class _Tap:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> _Tap:
-        self._handles = [self.head.register_forward_pre_hook(self._before), self.head.register_forward_hook(self._after)]
+        self._handles = [
+            self.head.register_forward_pre_hook(self._before),
+            self.head.register_forward_hook(self._after),
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,9 +29,7 @@ def paired_bootstrap(
         raise ValueError(f"paired rows are needed, got {len(a)} and {len(b)}")
     difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [difference[torch.randint(len(a), (len(a),), generator=generator)].mean() for _ in range(n)]
-    )
+    means = torch.stack([difference[torch.randint(len(a), (len(a),), generator=generator)].mean() for _ in range(n)])
     tail = (1 - coverage) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

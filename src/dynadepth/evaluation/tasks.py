@@ -89,7 +89,8 @@ def load_tasks(names: Iterable[str], data: str | Path | None = None) -> Tasks:
 
     With a folder `data`, names are those of its files without `.jsonl` or `.jsonl.gz`; without one, the harness's own
     (whose data comes from the Hugging Face hub). `questions` is bundled and always there. Raises `DataError` for names
-    that do not exist (with the near ones) and for files that cannot be scored, `DynadepthError` without the extra `eval`.
+    that do not exist (with the near ones) and for files that cannot be scored, `DynadepthError` without the extra
+    `eval`.
     """
     try:
         import datasets  # noqa: F401
@@ -101,7 +102,9 @@ def load_tasks(names: Iterable[str], data: str | Path | None = None) -> Tasks:
     foreign = [name for name in names if name not in local]
     if data is not None and foreign:
         known = ", ".join(sorted(local))
-        raise DataError(f"There is no task {foreign[0]!r} in {data}.{did_you_mean(foreign[0], local)} (It has: {known}.)")
+        raise DataError(
+            f"There is no task {foreign[0]!r} in {data}.{did_you_mean(foreign[0], local)} (It has: {known}.)"
+        )
     tasks = _load_from_harness(foreign) if foreign else Tasks()
     for name in names:
         if name in local:
@@ -157,7 +160,8 @@ def _load_from_harness(names: list[str]) -> Tasks:
         except OSError as error:  # what a missing network and a missing data set have in common
             cause = str(error).splitlines()[0].rstrip(".")
             raise DataError(
-                f"The data of task {name!r} could not be loaded ({cause}): go online once, or give files as --task-data."
+                f"The data of task {name!r} could not be loaded ({cause}): go online once, or give files as "
+                "--task-data."
             ) from error
         tasks.leaves |= loaded["tasks"]
         tasks.members[name] = list(loaded["tasks"])

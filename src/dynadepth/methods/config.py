@@ -29,8 +29,8 @@ class DepthConfig(ABC):
     """`attention`, `mlp` or `block`."""
     granularity: str = "sequence"
     """`sequence` or `token`."""
-    layers: tuple[int, ...] | None = None
-    """Routed layers, None: the method's default for the model's depth."""
+    layers: tuple[int, ...] | str | None = None
+    """Routed layers; `"all"`; None: the method's default for the model's depth."""
     kv_policy: str = "project"
     """`token` granularity: are keys and values of skipped tokens still computed (`project`) or left out (`drop`)?"""
 
@@ -39,7 +39,7 @@ class DepthConfig(ABC):
         granularity_named(self.granularity)
         if self.kv_policy not in KV_POLICIES:
             raise ConfigError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}.")
-        if self.layers is not None:
+        if self.layers is not None and self.layers != "all":
             layers = tuple(self.layers)
             if not layers or len(set(layers)) != len(layers) or any(type(i) is not int for i in layers):
                 raise ConfigError(f"layers must be distinct whole numbers, at least one, not {list(layers)!r}.")
@@ -48,6 +48,12 @@ class DepthConfig(ABC):
     def default_layers(self, n_layers: int) -> tuple[int, ...]:
         """Layers routed where `layers` is None."""
         return tuple(range(n_layers))
+
+    def routed_layers(self, n_layers: int) -> tuple[int, ...]:
+        """The layers routed in a model of `n_layers`."""
+        if self.layers is None:
+            return self.default_layers(n_layers)
+        return tuple(range(n_layers)) if isinstance(self.layers, str) else self.layers
 
     @abstractmethod
     def build_router(self, site: Site, hidden_size: int) -> AbstractRouter:

@@ -22,7 +22,7 @@ class StaticConfig(DepthConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "skip", tuple(sorted(self.skip)))
-        if self.layers is not None and not set(self.skip) <= set(self.layers):
+        if isinstance(self.layers, tuple) and not set(self.skip) <= set(self.layers):
             missing = sorted(set(self.skip) - set(self.layers))
             raise ConfigError(f"skip names layers {missing} that are not among the routed layers {list(self.layers)}.")
 

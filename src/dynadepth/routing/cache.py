@@ -4,67 +4,23 @@ It differs from its base in four things. The true token count (`seen`) answers f
 layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the keys
 and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions (`SparseLayer`).
 
-An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags.
+An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags. Only a forward of the routed
+model that it was adopted by can fill it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from dynadepth.errors import UnsupportedCacheError
+from dynadepth.routing.context import current
 from dynadepth.routing.routes import RouteBook
-
-
-class SparseLayer(DynamicLayer):
-    """Keys and values of executed tokens only: `keys` `[B, heads, S, d]` with `positions` int64 `[B, S]`, -1 where a slot of
-    a ragged batch is empty. `holes` tells whether any real token was ever skipped."""
-
-    def __init__(self, like: Any) -> None:
-        super().__init__()
-        self.is_sliding = getattr(like, "is_sliding", False)
-        if self.is_sliding:
-            self.sliding_window = like.sliding_window
-        self.positions: Tensor | None = None
-        self.holes = False
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds `[B, heads, t, d]` at positions `[B, t]` and returns all keys and values."""
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
-        return super().update(keys, values)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The dense case: every token of every row. `RoutedCache` sets `start` to the true count before."""
-        batch, _, tokens, _ = key_states.shape
-        positions = torch.arange(self.start, self.start + tokens, device=key_states.device).expand(batch, -1)
-        return self.append(key_states, value_states, positions)
-
-    start: int = 0
-
-    def crop_to(self, length: int) -> None:
-        """Drops the tokens at positions >= `length`."""
-        if self.positions is None:
-            return
-        positions = torch.where(self.positions < length, self.positions, -1)
-        kept = (positions >= 0).any(0).nonzero().flatten()
-        self.positions = positions[:, kept]
-        self.keys, self.values = self.keys[:, :, kept], self.values[:, :, kept]
-
-    def take(self, rows: Tensor) -> None:
-        if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
-
-    def stored(self) -> int:
-        """Token slots really used, over all rows."""
-        return 0 if self.positions is None else int((self.positions >= 0).sum())
-
-    def reset(self) -> None:
-        super().reset()
-        self.positions, self.holes = None, False
+from dynadepth.routing.sparse_layer import SparseLayer
 
 
 class RoutedCache(DynamicCache):
@@ -72,14 +28,22 @@ class RoutedCache(DynamicCache):
 
     seen: int
     book: RouteBook
+    layout: tuple[Any, ...]
+    """What is routed, and how keys are kept: forwards with another layout cannot read this cache."""
     stored_rows: dict[int, list[int]]
     """Logical rows held by a layer, in storage order; a layer that is not a key holds every row."""
 
     @classmethod
-    def adopt(cls, cache: Cache, n_layers: int, sparse_layers: Iterable[int] = ()) -> RoutedCache:
+    def adopt(
+        cls, cache: Cache, n_layers: int, layout: tuple[Any, ...] = (), sparse_layers: Iterable[int] = ()
+    ) -> RoutedCache:
         """Turns an empty `DynamicCache` into a `RoutedCache` in place, or raises saying which cache to use instead."""
         if isinstance(cache, RoutedCache):
-            return cache
+            if cache.layout == layout:
+                return cache
+            if cache.seen:
+                cache.refuse("it was filled by a model that routes other sublayers, or routes them otherwise")
+            cache.release()
         if type(cache) is not DynamicCache:
             raise UnsupportedCacheError(
                 f"Routed models keep keys and values in a DynamicCache, not in a {type(cache).__name__}: drop "
@@ -96,10 +60,28 @@ class RoutedCache(DynamicCache):
             cache.layer_class_to_replicate = None
         cache.__class__ = cls
         assert isinstance(cache, RoutedCache)
-        cache.seen, cache.book, cache.stored_rows = 0, RouteBook(), {}
+        cache.seen, cache.book, cache.stored_rows, cache.layout = 0, RouteBook(), {}, layout
         for index in sparse_layers:
             cache.layers[index] = SparseLayer(cache.layers[index])
         return cache
+
+    def release(self) -> None:
+        """Turns this cache, which must be empty, back into the `DynamicCache` it was, for a dense forward to fill."""
+        if self.seen:
+            self.refuse("a dense forward needs an empty one")
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SparseLayer):
+                self.layers[index] = layer.like
+        for name in ("seen", "book", "stored_rows", "layout"):
+            delattr(self, name)
+        self.__class__ = DynamicCache  # type: ignore[assignment]
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises UnsupportedCacheError for a forward that cannot read this cache."""
+        raise UnsupportedCacheError(
+            f"This cache holds {self.seen} tokens of a routed forward and cannot be used here: {reason}. Pass an empty cache "
+            "(or none) and the whole sequence."
+        )
 
     # ---- lengths: the truth is `seen`, whatever a layer stores
 
@@ -121,9 +103,13 @@ class RoutedCache(DynamicCache):
     # ---- storing
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx]
+        layer, context = self.layers[layer_idx], current()
+        if context is None or context.cache is not self:
+            self.refuse("only the routed model that it belongs to can continue it")
+        if layer.is_initialized and self.offloading:
+            layer.prefetch()  # the base class fetches the next layer ahead, which a skipped layer before this one did not
         if isinstance(layer, SparseLayer):
-            layer.start = self.seen
+            layer.begin(self.seen)
         elif self.seen and not layer.is_initialized:
             self._fill_past(layer, key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -147,7 +133,7 @@ class RoutedCache(DynamicCache):
         past = self.seen
         if getattr(layer, "is_sliding", False):
             layer.cumulative_length = self.seen
-            past = min(past, layer.sliding_window - 1)
+            past = past if layer.record_past else min(past, layer.sliding_window - 1)
         layer.keys = keys.new_zeros(*keys.shape[:2], past, keys.shape[3])
         layer.values = values.new_zeros(*values.shape[:2], past, values.shape[3])
 
@@ -165,15 +151,13 @@ class RoutedCache(DynamicCache):
                 if not len(physical):
                     layer.reset()
                     continue
-            if isinstance(layer, SparseLayer):
-                layer.take(physical)
             layer.reorder_cache(physical)
         self.book.take(order)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        # Beams of one prompt share their route: while every row agrees, no layer is partial and the device order will do.
         if self.book.uniform or not self.book.routes:
-            self._take(list(range(len(beam_idx))), beam_idx)
+            # Rows alike: a layer holds all of them or none, so that the order can stay on the device.
+            super().reorder_cache(beam_idx)
         else:
             self._take(beam_idx.tolist(), beam_idx)
 
@@ -197,6 +181,11 @@ class RoutedCache(DynamicCache):
         if remaining == 0 and tokens_to_remove:
             self.reset()
             return
+        if tokens_to_remove and any(map(_forgets, self.layers)):
+            raise UnsupportedCacheError(
+                "The sliding windows of this cache have forgotten what would come back: call "
+                "`cache.activate_past_recording()` before the tokens that may be cropped."
+            )
         for layer in self.layers:
             if isinstance(layer, SparseLayer):
                 layer.crop_to(remaining)
@@ -231,5 +220,14 @@ class RoutedCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, SparseLayer) and layer.positions is not None and layer.positions.numel():
                 bytes_ = layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
-                total -= bytes_ - bytes_ * layer.stored() // layer.positions.numel()
+                total -= bytes_ - bytes_ * layer.stored(self.seen) // layer.positions.numel()
         return total
+
+
+def _forgets(layer: Any) -> bool:
+    """Has this layer dropped states that a crop would need?"""
+    if isinstance(layer, SparseLayer):
+        return layer.forgot
+    if not getattr(layer, "is_sliding", False) or not layer.is_initialized:
+        return False
+    return layer.cumulative_length >= layer.sliding_window and not layer.record_past

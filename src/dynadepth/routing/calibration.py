@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CalibrationPoint:
+    """One measured keep ratio of the routed sites, and the logits that the routers gave under it (quantiles, ascending)."""
+
+    keep: float
+    quantiles: tuple[float, ...]
+
+    def threshold(self, keep: float) -> float:
+        """The logit that the share `keep` of the units reaches or exceeds."""
+        place = (1 - min(max(keep, 0.0), 1.0)) * (len(self.quantiles) - 1)
+        low = min(int(place), len(self.quantiles) - 2)
+        below, above = self.quantiles[low], self.quantiles[low + 1]
+        return below + (place - low) * (above - below)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`thresholds[i]` (logit space) was measured to keep `keeps[i]` of the routed (unit, site) pairs; keeps increase."""
+    """Points of increasing keep. They differ because skipping lower sites changes what the routers above see."""
 
-    keeps: tuple[float, ...]
-    thresholds: tuple[float, ...]
+    points: tuple[CalibrationPoint, ...]
     n_sequences: int
 
     def threshold(self, keep: float) -> float:
-        """The threshold for a keep ratio of the routed sites in [0, 1], interpolated between the measured ones."""
+        """The threshold (logit space) for a keep ratio of the routed sites, between the two nearest points by distance."""
         if keep >= 1:
             return -math.inf
         if keep <= 0:
             return math.inf
-        i = bisect_left(self.keeps, keep)
-        if i == 0:
-            return self.thresholds[0]
-        if i == len(self.keeps):
-            return self.thresholds[-1]
-        low, high = self.keeps[i - 1], self.keeps[i]
-        share = (keep - low) / (high - low) if high > low else 0.0
-        return self.thresholds[i - 1] + share * (self.thresholds[i] - self.thresholds[i - 1])
+        keeps = [point.keep for point in self.points]
+        right = bisect_right(keeps, keep)
+        if right == 0 or right == len(keeps):
+            return self.points[min(right, len(keeps) - 1)].threshold(keep)
+        low, high = self.points[right - 1], self.points[right]
+        share = (keep - low.keep) / (high.keep - low.keep)
+        return (1 - share) * low.threshold(keep) + share * high.threshold(keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; read back by `from_dict`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Calibration:
+        """The inverse of `to_dict`."""
+        points: Sequence[dict[str, Any]] = data["points"]
+        return Calibration(
+            tuple(CalibrationPoint(float(p["keep"]), tuple(map(float, p["quantiles"]))) for p in points),
+            int(data["n_sequences"]),
+        )

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import RoutingTrace, Site
 from dynadepth.routing.routes import RouteBook
+
+if TYPE_CHECKING:
+    from dynadepth.routing.cache import RoutedCache
 
 Injection = bool | Tensor | list[bool]
 
@@ -72,6 +74,7 @@ class ForwardContext:
 _current: ContextVar[ForwardContext | None] = ContextVar("dynadepth_forward", default=None)
 _disabled: ContextVar[tuple[Any, ...]] = ContextVar("dynadepth_disabled", default=())
 _injected: ContextVar[Mapping[int, Mapping[Site, Injection]]] = ContextVar("dynadepth_injected", default={})  # noqa: B039
+_prompted: ContextVar[Mapping[int, int]] = ContextVar("dynadepth_prompted", default={})  # noqa: B039
 
 
 def current() -> ForwardContext | None:
@@ -117,6 +120,21 @@ def injecting(owner: Any, decisions: Mapping[Site, Injection]) -> Iterator[None]
 def injections(owner: Any) -> Mapping[Site, Injection] | None:
     """The decisions injected for this routing, by site; None where its routers decide."""
     return _injected.get().get(id(owner))
+
+
+@contextmanager
+def prompting(owner: Any, length: int) -> Iterator[None]:
+    """Lets the first `length` positions of a sequence alone decide its route, in this thread."""
+    token = _prompted.set({**_prompted.get(), id(owner): length})
+    try:
+        yield
+    finally:
+        _prompted.reset(token)
+
+
+def prompted(owner: Any) -> int | None:
+    """The prompt's length where a forward may bring more than the prompt; None where all of it may be pooled."""
+    return _prompted.get().get(id(owner))
 
 
 def carrying_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,16 +7,26 @@ context of the outer one. `self.depth_routing` is the attached routing (`dynadep
 from __future__ import annotations
 
 import inspect
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.cache import RoutedCache
-from dynadepth.routing.context import ForwardContext, carrying_context, current, entered, injections, is_disabled
+from dynadepth.routing.context import (
+    ForwardContext,
+    carrying_context,
+    current,
+    entered,
+    injections,
+    is_disabled,
+    prompted,
+    prompting,
+)
 from dynadepth.routing.decision import RoutingTrace
 from dynadepth.routing.recorder import publish
 from dynadepth.routing.routes import RouteBook
@@ -48,11 +58,8 @@ class RoutedModel:
         if args:
             kwargs.update(zip(_positional(type(self).__mro__[2]), args, strict=False))
         if is_disabled(routing):
-            cache_ = kwargs.get("past_key_values")
-            if isinstance(cache_, RoutedCache) and cache_.seen:
-                raise UnsupportedCacheError(
-                    f"This cache holds {cache_.seen} tokens of a routed forward: a dense forward needs an empty cache."
-                )
+            if isinstance(cache_ := kwargs.get("past_key_values"), RoutedCache):
+                cache_.release()
             with entered(None):
                 return base(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
@@ -66,15 +73,31 @@ class RoutedModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, after refusing what cannot hold a route."""
         if not is_disabled(self.depth_routing):
-            config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+            config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+            config = config or self.generation_config  # type: ignore[attr-defined]
             refuse_unroutable(self.depth_routing, lambda name: kwargs.get(name, getattr(config, name, None)))
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching keeps its own paged cache, which cannot hold routes."""
-        if not is_disabled(self.depth_routing):
-            raise UnsupportedCacheError(f"generate_batch uses a paged cache, which cannot hold routes: call generate, {WAY_OUT}.")
-        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+    @wraps(GenerationMixin._assisted_decoding)  # `generate` reads its signature
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The first forward brings the prompt and the assistant's draft together: only the prompt may decide the route.
+        with prompting(self.depth_routing, input_ids.shape[1]):
+            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: continuous batching keeps a paged cache, and runs in threads of its own where nothing is disabled."""
+        raise UnsupportedCacheError(
+            "generate_batch and continuous batching use a paged cache, which cannot hold routes: call generate, or take the "
+            "routers off with dynadepth.detach(model)."
+        )
+
+    init_continuous_batching = generate_batch
+
+    def enable_input_require_grads(self) -> None:
+        """Only reentrant checkpointing needs it, which routers refuse; with it, layers below the lowest router would run backward."""
+        routing = self.depth_routing
+        if not any(p.requires_grad for router in routing.routers().values() for p in router.parameters()):
+            super().enable_input_require_grads()  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """Saves the base model alone, exactly as it would be saved unrouted; `dynadepth.save` saves the routers."""
@@ -113,7 +136,8 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     elif cache_ is None and (getattr(text_config, "use_cache", False) if use_cache is None else use_cache):
         cache_ = DynamicCache(config=text_config)
     if cache_ is not None:
-        cache_ = kwargs["past_key_values"] = RoutedCache.adopt(cache_, routing.n_layers, routing.sparse_layers)
+        cache_ = RoutedCache.adopt(cache_, routing.n_layers, routing.layout, routing.sparse_layers)
+        kwargs["past_key_values"] = cache_
     book = RouteBook() if cache_ is None else cache_.book
     book.open(batch)
     masked = model.training and cache_ is None
@@ -123,6 +147,11 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     pool_mask = None
     if routing.granularity.sticky and not book.complete:
         pool_mask = _pool_mask(kwargs, source, token_mask, prompt_mask)
+        prompt_length = prompted(routing)
+        if prompt_length is not None:
+            past = 0 if cache_ is None else cache_.seen
+            given = torch.arange(past, past + tokens, device=source.device).expand(batch, -1) < prompt_length
+            pool_mask = given if pool_mask is None else pool_mask & given
     prefill = not book.complete if routing.granularity.sticky else cache_ is None or not cache_.seen or tokens > 1
     attentions = kwargs.get("output_attentions")
     return ForwardContext(
@@ -161,14 +190,14 @@ def _pool_mask(
 def content_prefix(source: Tensor, real: Tensor, seed: int = 0) -> Tensor:
     """A pseudo-random prefix of each row, between an eighth and three quarters of its real tokens: bool `[B, T]`.
 
-    Its length depends on the row's own ids alone, so that neither batch composition nor padding changes it. Rows given as
-    embeddings take half.
+    Its length depends on the row's length and on the ids of that first eighth alone: neither batch composition nor padding
+    changes it, nor does any token behind the prefix. Rows given as embeddings take half.
     """
     count, rank = real.sum(1, keepdim=True), real.cumsum(1)
     low = (count // 8).clamp(min=1)
     span = (count * 3 // 4 - low).clamp(min=0) + 1
     if source.dim() == 2:
-        mixed = (source * (rank * 2654435761 + seed * 40503 + 12345) * real).sum(1, keepdim=True)
+        mixed = (source * (rank * 2654435761 + seed * 40503 + 12345) * (real & (rank <= low))).sum(1, keepdim=True)
         offset = (mixed ^ (mixed >> 15)).remainder(span)
     else:
         offset = (count // 2 - low).clamp(min=0)

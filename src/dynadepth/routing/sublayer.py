@@ -6,6 +6,7 @@ progress (`context.current()`) what to run. Outside a routed forward it is the b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -142,14 +143,22 @@ def subclass_like(base: type, mixin: type) -> type:
     """`mixin` put before `base`, under the base's own name and module, so that registries keyed by them still match."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if "forward" in vars(mixin):  # classes that decorate `cls.forward` at creation must find it on the class itself
-        names["forward"] = _forwarding(mixin)
+        names["forward"] = _forwarding(mixin, base)
     return type(base.__name__, (mixin, base), names)
 
 
-def _forwarding(mixin: type) -> Callable[..., Any]:
+def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
+    """A forward with the base's signature, which `generate` and `Trainer` read to know what the model takes; keyword-only
+    parameters of the mixin's are added to it."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
+    own = inspect.signature(mixin.forward).parameters.values()  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(base.forward).parameters.values())  # type: ignore[attr-defined]
+    place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+    parameters[place:place] = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return forward
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError
-from dynadepth.routing.cache import SparseLayer
 from dynadepth.routing.call import SublayerCall
 from dynadepth.routing.context import ForwardContext
+from dynadepth.routing.sparse_layer import SparseLayer
 
 if TYPE_CHECKING:
     from dynadepth.routing.sublayer import SublayerState
@@ -79,6 +79,8 @@ class TokenKV:
         self.state, self.context, self.rows, self.index = state, context, rows, index
         self.batch, self.length = shape[0], shape[1]
         self.store = sparse_layer(state, context)
+        if self.store is not None:
+            self.store.begin(context.past)
         self.skipped: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # rows, index, keys, values under `project`
         self.new_positions: Tensor | None = None  # [B, t] under `drop`
 

@@ -1,0 +1,54 @@
+"""Router-only tuning: data, objectives, recipes, and the trainer that puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dynadepth.tuning.data import Collator, Example, load_examples
+from dynadepth.tuning.recipe import Recipe, known_recipes, load_recipe
+from dynadepth.tuning.self_data import self_examples
+from dynadepth.tuning.trainer import RouterTrainer, TuneResult, tune
+
+__all__ = [
+    "Collator",
+    "Example",
+    "Recipe",
+    "RouterTrainer",
+    "TuneResult",
+    "examples_for",
+    "known_recipes",
+    "load_examples",
+    "load_recipe",
+    "self_examples",
+    "tune",
+]
+
+
+def examples_for(
+    source: str | Path,
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    max_samples: int | None = None,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Example]:
+    """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model's own answers."""
+    count = recipe.max_samples if max_samples is None else max_samples
+    if str(source) == "self":
+        return self_examples(
+            model,
+            tokenizer,
+            n=count,
+            max_new_tokens=recipe.answer_tokens,
+            seed=seed,
+            progress=progress,
+            cache_dir=cache_dir,
+        )
+    return load_examples(
+        source, tokenizer, max_samples=count, max_length=recipe.max_length, seed=seed, shuffle=recipe.shuffle
+    )

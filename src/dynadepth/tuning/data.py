@@ -6,7 +6,6 @@ alone and the loss counts the rest alone, so nothing downstream needs to know wh
 
 from __future__ import annotations
 
-import hashlib
 import random
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError, DataError
+from dynadepth.routing.forward import content_prefix
 from dynadepth.tuning.formats import RowError, format_of
 from dynadepth.tuning.sources import open_table
 
@@ -42,8 +42,8 @@ class Example:
 class Collator:
     """Pads examples on the right into one batch of B rows and T columns, T a multiple of `pad_to_multiple_of`.
 
-    Plain text has no prompt, so a prefix of 1/8 to 3/4 of its tokens stands in for one. Its length is drawn from the
-    row's own ids and `seed`: it stays the same in every epoch, in every batch, and in whatever order rows come.
+    Plain text has no prompt: a prefix of 1/8 to 3/4 of its tokens (at least one) stands in for it. Its length hangs on
+    the row's own ids and `seed` alone: it stays the same in every epoch and in any batch.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | int, *, pad_to_multiple_of: int = 8, seed: int = 0) -> None:
@@ -57,27 +57,27 @@ class Collator:
 
         Every attended token is either in `prompt_mask` or has its own id as label; all other labels are -100.
         """
-        step = self.pad_to_multiple_of
-        width = -(-max(len(example.input_ids) for example in examples) // step) * step
-        input_ids = torch.full((len(examples), width), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            ids = torch.tensor(example.input_ids)
-            prompt = example.prompt_length or self.prefix_length(example.input_ids)
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-            labels[row, prompt : len(ids)] = ids[prompt:]
-            prompt_mask[row, :prompt] = True
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "prompt_mask": prompt_mask}
+        lengths = torch.tensor([[len(example.input_ids)] for example in examples])
+        prompts = torch.tensor([[example.prompt_length] for example in examples])
+        width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        column = torch.arange(width)
+        attended = column < lengths
+        input_ids = torch.full(attended.shape, self.pad_token_id)
+        input_ids[attended] = torch.tensor([token for example in examples for token in example.input_ids])
+        prefix = content_prefix(input_ids, attended, self.seed)
+        prompt_mask = torch.where(prompts == 0, prefix, column < prompts)
+        labels = input_ids.masked_fill(prompt_mask | ~attended, IGNORED)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attended.long(),
+            "labels": labels,
+            "prompt_mask": prompt_mask,
+        }
 
     def prefix_length(self, input_ids: Sequence[int]) -> int:
-        """The stand-in prompt's length of a plain text: 1/8 to 3/4 of it, at least 1, decided by ids and seed."""
-        low = max(1, -(-len(input_ids) // 8))
-        high = max(low, len(input_ids) * 3 // 4)
-        content = f"{self.seed}:{','.join(map(str, input_ids))}".encode()
-        return low + int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") % (high - low + 1)
+        """The length of a plain text's stand-in prompt."""
+        ids = torch.tensor([input_ids])
+        return int(content_prefix(ids, torch.ones_like(ids, dtype=torch.bool), self.seed).sum())
 
 
 def load_examples(
@@ -141,11 +141,13 @@ def load_examples(
             "tokens, and an answer needs at least one more; raise max_length or give shorter samples."
         )
     if not examples:
-        raise DataError(f"None of the {seen} samples of {table.name} has an answer: there is nothing to tune on.")
+        raise DataError(
+            f"None of the {seen} samples of {table.name} has anything to learn from: answers and texts are empty."
+        )
     if too_long or empty:
         warnings.warn(
             f"{len(too_long) + empty} of {seen} samples of {table.name} were dropped: {len(too_long)} whose prompt "
-            f"alone takes max_length={max_length} tokens or more, {empty} without an answer.",
+            f"alone takes max_length={max_length} tokens or more and {empty} with nothing to learn from (no answer).",
             stacklevel=2,
         )
     return examples

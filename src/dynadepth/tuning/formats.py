@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Reader = Callable[[Row, "PreTrainedTokenizerBase", int], tuple[list[int], int]]
-"""(row, tokenizer, limit) -> (ids, length of the prompt in them). No ids: no answer. Beyond `limit` ids may be missing."""
+"""(row, tokenizer, limit) -> (ids, length of the prompt in them). No ids: no answer. Behind `limit` some may lack."""
 
 _ALPACA_REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 
@@ -112,7 +112,7 @@ def _answered(
     ids = _head_ids(tokenizer, prompt + answer, limit, special)
     if ids[: len(before)] != before:  # a token spans the border
         ids = before + _head_ids(tokenizer, answer, limit, special=False)
-    if end and len(ids) < limit and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+    if end and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     return ids, len(before)
 

@@ -11,19 +11,19 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dynadepth.errors import ConfigError, TuningError
-from dynadepth.model import disabled, is_attached
+from dynadepth.routing.sublayer import ROUTER
 from dynadepth.tuning.data import Example, pad_token_id
 from dynadepth.tuning.formats import encode_chat
+from dynadepth.tuning.sampling import end_ids, sample, uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,3 +123,102 @@ class _Job:
     """Unique in its list; the text's random numbers hang on it."""
 
     prompt: list[int]
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: list[_Job],
+    max_new_tokens: int,
+    seed: int,
+    temperature: float,
+    batch_size: int,
+    progress: Progress | None,
+    cache_dir: Path | None,
+) -> list[list[int]]:
+    """What the dense model writes behind each job's prompt, batch after batch, the kept ones not again."""
+    if min(len(jobs), max_new_tokens, batch_size) < 1 or not temperature > 0:
+        raise ConfigError(
+            f"n={len(jobs)}, max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1, and "
+            f"temperature={temperature} above 0."
+        )
+    store = None
+    if cache_dir is not None:
+        settings = (max_new_tokens, seed, temperature, batch_size, len(jobs))
+        store = _Store(Path(cache_dir) / f"self-{_digest(fingerprint(model), *settings)}.jsonl")
+    written = store.read(jobs) if store else {}
+    if written and progress:
+        progress(len(written), len(jobs))
+    ends = end_ids(model, tokenizer)
+    for batch in _batches(jobs, batch_size):
+        if all(job.key in written for job in batch):
+            continue
+        draws = torch.stack([uniforms(_digest(seed, job.key), max_new_tokens) for job in batch])
+        texts = sample(model, [job.prompt for job in batch], draws, temperature, ends, pad_token_id(tokenizer))
+        new = {job.key: text for job, text in zip(batch, texts, strict=True)}
+        if store:
+            store.append([(job, new[job.key], str(tokenizer.decode(new[job.key]))) for job in batch])
+        written.update(new)
+        if progress:
+            progress(len(written), len(jobs))
+    return [written[job.key] for job in jobs]
+
+
+def _batches(jobs: list[_Job], batch_size: int) -> Iterator[list[_Job]]:
+    """Equal batches of prompts of similar length, the longest first: running out of memory is seen at once."""
+    queue = sorted(jobs, key=lambda job: (-len(job.prompt), job.key))
+    count = -(-len(queue) // batch_size)
+    bounds = [len(queue) * i // count for i in range(count + 1)]
+    for start, stop in pairwise(bounds):
+        yield queue[start:stop]
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of the model's weights but the routers': names, shapes, dtypes and 64 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if ROUTER not in name.split("."):
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, flat.numel() // 64)].tolist()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {values}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+class _Store:
+    """Texts that were written already, one JSON object a line; a line that was cut short counts as absent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, jobs: list[_Job]) -> dict[str, list[int]]:
+        """Texts by key, of those jobs whose prompt is still the same."""
+        prompts = {job.key: job.prompt for job in jobs}
+        texts: dict[str, list[int]] = {}
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                if prompts.get(entry["key"]) == entry["prompt_ids"]:
+                    texts[entry["key"]] = [int(token) for token in entry["ids"]]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return texts
+
+    def append(self, written: list[tuple[_Job, list[int], str]]) -> None:
+        """Adds a batch, behind a line break in case that the last line has none."""
+        lines = [
+            json.dumps({"key": job.key, "prompt_ids": job.prompt, "ids": ids, "text": text})
+            for job, ids, text in written
+        ]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(("\n" + "\n".join(lines) + "\n").encode())
+        except OSError as error:
+            raise TuningError(
+                f"The model's own answers cannot be kept in {self.path}: {error.strerror or error}; "
+                "free some space or choose another folder."
+            ) from error

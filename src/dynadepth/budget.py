@@ -1,0 +1,184 @@
+"""From scores to budgets: how much each sublayer matters, which ones a static route skips, and which thresholds keep a share.
+
+Everything here looks at prompts only: `batches` are dicts with `input_ids` and `attention_mask` (`[B, T]`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for
+from dynadepth.architectures.probe import quietly
+from dynadepth.errors import BudgetError
+from dynadepth.model import disabled, routing_of, set_threshold, unwrapped
+from dynadepth.routing.calibration import Calibration, CalibrationPoint
+from dynadepth.routing.decision import Site
+from dynadepth.routing.recorder import recording
+
+Batches = Sequence[dict[str, Tensor]]
+Progress = Callable[[int, int], None]
+
+KEEPS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Keep ratios of the routed sites at which `calibrate` measures."""
+QUANTILES = 257
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """The decoder alone (no vocabulary head) on one batch of prompts, without a cache."""
+    decoder = decoder_of(unwrapped(model))
+    device = next(decoder.parameters()).device
+    return decoder(
+        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+    )
+
+
+def prompts_to_batches(prompts: Iterable[Sequence[int]], pad: int, batch_size: int = 8) -> Batches:
+    """Right-padded batches of token id lists, sorted by length so that little is padded."""
+    ordered = sorted((list(ids) for ids in prompts if len(ids)), key=len)
+    batches = []
+    for start in range(0, len(ordered), batch_size):
+        rows = ordered[start : start + batch_size]
+        width = max(map(len, rows))
+        batches.append(
+            {
+                "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+                "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+            }
+        )
+    return batches
+
+
+def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, float]:
+    """1 − cosine of the residual stream before and after each sublayer of a target, mean over real tokens.
+
+    Measured in the dense model, on the residual stream itself (after any post-norm), so that families whose sublayers end
+    in a norm are scored alike. Source: block influence (ShortGPT, arXiv 2403.03853, Eq. 1), as LLM-Drop applies it to
+    sublayers (arXiv 2406.15786, section 3).
+    """
+    base = unwrapped(model)
+    spec = spec_for(base)
+    layers = decoder_layers(base, spec)
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+    tokens = 0
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        streams = _residual_streams(model, spec, layers, batch)
+        for index, (before_layer, after_attention, after_layer) in enumerate(streams):
+            before, after = {
+                "attention": (before_layer, after_attention),
+                "mlp": (after_attention, after_layer),
+                "block": (before_layer, after_layer),
+            }[target]
+            cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            totals[index] += float(((1 - cosine) * mask.to(cosine.device)).sum())
+        tokens += int(mask.sum())
+    return {Site(index, target): float(total) / max(tokens, 1) for index, total in enumerate(totals)}
+
+
+def _residual_streams(
+    model: nn.Module, spec: ArchitectureSpec, layers: nn.ModuleList, batch: dict[str, Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per layer the residual stream `[B, T, D]`: before it, with the attention's contribution, and after it."""
+    before: list[Tensor] = []
+    contributed: list[Tensor] = []
+    after: list[Tensor] = []
+
+    def keep(store: list[Tensor], which: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            value = (args[0] if args else kwargs["hidden_states"]) if which == "input" else output
+            store.append(value[0] if isinstance(value, tuple) else value)
+
+        return hook
+
+    hooks = []
+    for layer in layers:
+        contributor = getattr(layer, spec.attention_norms[1] or spec.attention)
+        hooks.append(contributor.register_forward_hook(keep(contributed, "output"), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(keep(before, "input"), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(keep(after, "output"), with_kwargs=True))
+    try:
+        with quietly(unwrapped(model)), disabled(model):
+            forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scales = [getattr(layer, spec.residual_scale) if spec.residual_scale else 1.0 for layer in layers]
+    mids = [x + c * scale for x, c, scale in zip(before, contributed, scales, strict=True)]
+    return list(zip(before, mids, after, strict=True))
+
+
+def static_skip(scores: dict[Site, float], budget: float, n_layers: int) -> tuple[int, ...]:
+    """Layers that a static route skips so that about `budget` of all sublayers execute: the least important ones."""
+    count = round((1 - budget) * n_layers)
+    if count > len(scores):
+        raise BudgetError(f"budget {budget} asks to skip {count} sublayers, but only {len(scores)} are scored.")
+    return tuple(sorted(site.layer for site in sorted(scores, key=lambda site: scores[site])[:count]))
+
+
+def calibrate(
+    model: nn.Module, batches: Batches, keeps: Sequence[float] = KEEPS, progress: Progress | None = None
+) -> Calibration:
+    """Measures, on prompts, which threshold keeps which share of the routed units; stores it in the model's routing.
+
+    For each share it searches twice: the quantile of the logits seen under the last threshold, then of those seen under the
+    new one, since skipping a lower site changes what the routers above see. The routers' thresholds are as before
+    afterwards.
+    """
+    routing = routing_of(model)
+    routers = list(routing.routers().values())
+    before = [router.threshold.clone() for router in routers]
+    points, todo = [], sorted({min(max(keep, 0.0), 1.0) for keep in keeps}, reverse=True)
+    try:
+        with quietly(unwrapped(model)):
+            set_threshold(routers, float("-inf"))
+            seen = _router_logits(model, batches)
+            for done, keep in enumerate(todo):
+                for _ in range(2):
+                    set_threshold(routers, quantile_threshold(seen, keep))
+                    with recording() as record:
+                        seen = _router_logits(model, batches)
+                measured = record.keep_ratio("prefill")
+                assert measured is not None
+                points.append(CalibrationPoint(measured.routed, _quantiles(seen)))
+                if progress:
+                    progress(done + 1, len(todo))
+    finally:
+        for router, threshold in zip(routers, before, strict=True):
+            router.threshold.copy_(threshold)
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    ordered = sorted({point.keep: point for point in points}.values(), key=lambda point: point.keep)
+    routing.calibration = Calibration(tuple(ordered), rows)
+    return routing.calibration
+
+
+def quantile_threshold(logits: Tensor, keep: float) -> float:
+    """The logit that the share `keep` of the units reaches, halfway between two units' logits."""
+    return CalibrationPoint(keep, _quantiles(logits)).threshold(keep)
+
+
+def _quantiles(logits: Tensor) -> tuple[float, ...]:
+    grid = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    return tuple(torch.quantile(logits.double(), grid).tolist())
+
+
+@torch.no_grad()
+def _router_logits(model: nn.Module, batches: Batches) -> Tensor:
+    """Router logits of all units of all sites, flat; at token granularity each sequence gives equally many."""
+    collected = []
+    for batch in batches:
+        trace = forward(model, batch).depth_trace
+        for logits in trace.logits.values():
+            if logits.dim() == 1:
+                collected.append(logits.cpu())
+                continue
+            for row, mask in zip(logits.cpu(), batch["attention_mask"].bool(), strict=True):
+                values = row[mask].sort().values  # PER_ROW evenly spaced order statistics: sequences count the same
+                collected.append(values[torch.linspace(0, len(values) - 1, PER_ROW).round().long()])
+    return torch.cat(collected)
+
+
+PER_ROW = 64

@@ -1,0 +1,107 @@
+"""`dynadepth eval`: tasks, perplexity, and the distance from the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynadepth.cli import options
+from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, table, write_json
+
+
+def evaluate(
+    model: options.Model,
+    routers: options.Routers = None,
+    budget: options.Budget = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="A,B",
+            help="Files of --task-data without .jsonl, names of lm-evaluation-harness, or the bundled `questions`.",
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option("--task-data", metavar="DIR", help="Folder of task files (.jsonl, .jsonl.gz).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Score the first N rows of a task.")] = None,
+    perplexity: Annotated[
+        list[str] | None, typer.Option("--perplexity", metavar="FILE", help="Text to be scored; may be repeated.")
+    ] = None,
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="Score the dense model beside it, on the same rows and tokens.")
+    ] = False,
+    dtype: options.Dtype = "auto",
+    json_file: options.Json = None,
+) -> None:
+    """Score a model: tasks, perplexity on text files, and how far routing moves it from its dense self."""
+    with reporting("nothing was written."):
+        share, names, files = options.parse_budget(budget), options.parse_names(tasks), perplexity or []
+        options.check_at_least_one(limit, "--limit")
+        options.check_output_file(json_file)
+        loaded, tokenizer = open_model(model, routers, share, dtype)
+        from dynadepth.evaluation import evaluate as score
+        from dynadepth.report.stamp import stamp
+
+        with progress(f"scoring {', '.join([*names, *files])}") as tell:
+            results = score(
+                loaded,
+                tokenizer,
+                tasks=names,
+                task_data=task_data,
+                limit=limit,
+                perplexity=files,
+                compare_dense=compare_dense,
+                progress=tell,
+            )
+        results["provenance"] = stamp(model, loaded, routers=routers)
+        show(results)
+        write_json(json_file, results)
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the results as tables."""
+    console, dense = out(), results["dense"]
+    if results["tasks"]:
+        columns = ["task", "metric", "score", "± stderr", "rows"]
+        grid = table("Tasks", *columns, *(["dense", "difference, 95 %"] if dense else []))
+        for name, task in results["tasks"].items():
+            row = [name, str(task["metric"]), _score(task), number(task["stderr"]), number(task["n"])]
+            if dense:
+                interval = task.get("diff_vs_dense")
+                row += [_score(dense["tasks"][name]), _interval(interval)]
+            grid.add_row(*row)
+        if len(results["tasks"]) > 1:
+            row = ["average", "", number(results["average"]), "", ""]
+            grid.add_row(*row, *([number(dense["average"]), ""] if dense else []))
+        console.print(grid)
+    if results["perplexity"]:
+        grid = table("Perplexity", "text", "perplexity", "nats a token", "tokens", *(["dense"] if dense else []))
+        for file, figures in results["perplexity"].items():
+            row = [Path(file).name, number(figures["ppl"], 2), number(figures["nll"]), number(figures["n_tokens"])]
+            grid.add_row(*row, *([number(dense["perplexity"][file]["ppl"], 2)] if dense else []))
+        console.print(grid)
+    grid = table("Routing", "", "value")
+    if results["kl"] is not None:
+        grid.add_row("KL(dense‖routed), nats a token", number(results["kl"], 4))
+        grid.add_row("same most likely token as dense", percent(results["agreement"]))
+    if results["keep_ratio"] is not None:
+        grid.add_row("executed, of the routed sites", percent(results["keep_ratio"]["routed"]))
+        grid.add_row("executed, of all sublayers of the target", percent(results["keep_ratio"]["all"]))
+        grid.add_row("FLOPs of the dense model", percent(results["flops_share"]))
+        grid.add_row("KV bytes of the dense model", percent(results["kv_share"]))
+    if grid.row_count:
+        console.print(grid)
+
+
+def _score(task: dict[str, Any]) -> str:
+    return number(task.get(task["metric"], task["perplexity"]))
+
+
+def _interval(interval: dict[str, float] | list[float] | None) -> str:
+    if interval is None:
+        return "-"
+    low, high = (interval["low"], interval["high"]) if isinstance(interval, dict) else interval[-2:]
+    return f"{low:+.3f} to {high:+.3f}"

@@ -1,0 +1,263 @@
+"""The demo's story: tune routers for a small model, then show what was gained and what was lost.
+
+It ends with one plain dict (`results.json`), from which the terminal's table (`summary.py`) and the page (`html.py`) are
+made. Everything runs on the bundled data, the model's own answers and Python's own help texts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadepth import adapter, budget, hub
+from dynadepth.benchmark import cut_prompts, run
+from dynadepth.errors import DynadepthError
+from dynadepth.model import disabled, load, routing_of, set_budget
+from dynadepth.provenance import dynadepth_version, provenance
+from dynadepth.report import measure
+from dynadepth.report.samples import answers
+from dynadepth.report.stamp import model_facts, sign, stamp
+from dynadepth.report.twin import Figures, StaticTwins
+from dynadepth.tuning import Collator, Example, Recipe, examples_for, load_recipe, tune
+from dynadepth.tuning.data import pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Give me three tips for sleeping better.",
+    "Write a Python function that reverses a string.",
+    "Translate into French: Good morning, how are you?",
+)
+STEPS = 7
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a demo runs; the defaults take some minutes on two cores."""
+
+    model: str = "smollm2-135m"
+    recipe: str = "default"
+    budget: float = 0.75
+    seed: int = 0
+    max_samples: int | None = None
+    """Tuning samples, None: the recipe's."""
+    windows: int = 6
+    """Of 1,024 tokens, for perplexity."""
+    questions: int | None = None
+    """Rows of the bundled task, None: all."""
+    prompts: tuple[str, ...] = PROMPTS
+    answer_tokens: int = 64
+    contexts: tuple[int, ...] = (512, 2048)
+    new_tokens: int = 16
+    repeats: int = 3
+
+
+@dataclass
+class Teller:
+    """Where the story goes: `step(number, title)` once a step, `detail(line)` as often as there is news."""
+
+    step: Callable[[int, str], object] = lambda number, title: None
+    detail: Callable[[str], object] = lambda line: None
+    times: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def telling(self, title: str) -> Iterator[Callable[[str], object]]:
+        """One step, timed."""
+        self.step(len(self.times) + 1, title)
+        started = time.monotonic()
+        self.times.append({"title": title, "seconds": None})
+        yield self.detail
+        self.times[-1]["seconds"] = time.monotonic() - started
+
+
+def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
+    """Runs the story with routers in `out/routers`; see the keys of the dict at the end.
+
+    Routers that an earlier run completed with the same model, recipe, budget, seed and code are used again.
+    """
+    started = time.monotonic()
+    with teller.telling(f"Fetching {settings.model}"):
+        hub.resolve(settings.model)
+        tokenizer = hub.load_tokenizer(settings.model)
+        model = hub.load_model(settings.model)
+    with teller.telling("The model writes its own tuning data") as detail:
+        recipe = load_recipe(settings.recipe)
+        examples = examples_for(
+            "self",
+            model,
+            tokenizer,
+            recipe,
+            max_samples=settings.max_samples,
+            seed=settings.seed,
+            cache_dir=out / "self-data",
+            progress=lambda done, total: detail(f"{done} of {total} answers"),
+        )
+    with teller.telling("Tuning the routers, the model frozen") as detail:
+        tuning = _routers(out / "routers", model, tokenizer, examples, recipe, settings, detail)
+    facts = {"data_seconds": teller.times[1]["seconds"], "samples": len(examples), "recipe": recipe.name}
+    tuning = facts | tuning
+    routing = routing_of(model)
+    twins = StaticTwins(model, _importance(model, tokenizer, examples, tuning["n_heldout"]))
+
+    with teller.telling("Perplexity and KL on text") as detail:
+        text = measure.help_text(settings.seed)
+        variants, sites = _on_text(model, tokenizer, twins, text, settings.windows, detail)
+    with teller.telling("Accuracy on questions") as detail:
+        _add_accuracy(variants, model, tokenizer, twins, settings.questions, detail)
+    with teller.telling("Sample answers") as detail:
+        static = twins.nearest(settings.budget)
+        samples = _samples(model, static, tokenizer, settings)
+    with teller.telling("Timing") as detail:
+        prompts = cut_prompts(tokenizer, count=1, length=max(settings.contexts) + settings.new_tokens)
+        speed = {
+            name: run(
+                timed,
+                prompts,
+                batches=[1],
+                contexts=settings.contexts,
+                new_tokens=settings.new_tokens,
+                repeats=settings.repeats,
+                variants=["routed"],
+                progress=lambda line, name=name: detail(f"{name}, {line}"),
+            )
+            for name, timed in (("routed", model), ("static", static))
+        }
+    return {
+        "settings": asdict(settings),
+        "target": routing.target.name,
+        "granularity": routing.config.granularity,
+        "layers": routing.n_layers,
+        "routed_sites": [str(site) for site in routing.sites],
+        "static_skip": list(twins.skipped(round((1 - settings.budget) * routing.n_layers))),
+        "tuning": tuning,
+        "variants": variants,
+        "site_keep": sites,
+        "samples": samples,
+        "speed": speed,
+        "steps": teller.times,
+        "seconds": time.monotonic() - started,
+        "provenance": stamp(settings.model, model, routers=out / "routers", seed=settings.seed),
+    }
+
+
+def _routers(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    recipe: Recipe,
+    settings: Settings,
+    detail: Callable[[str], object],
+) -> dict[str, Any]:
+    """Attaches routers to the model: those in `folder` if they are what would be tuned now, else newly tuned ones."""
+    if _is_reusable(folder, model, recipe, settings, len(examples)):
+        load(model, folder)
+        set_budget(model, **{routing_of(model).target.name: settings.budget})
+        return {**routing_of(model).provenance["result"], "reused": True}
+    result = tune(
+        model,
+        tokenizer,
+        examples,
+        recipe,
+        out=folder,
+        budget=settings.budget,
+        seed=settings.seed,
+        progress=lambda stage, done, total, _: detail(f"{stage}: {done} of {total}"),
+    )
+    sign(model, folder, settings.model, settings.seed)
+    return {**asdict(result), "reused": False}
+
+
+def _is_reusable(folder: Path, model: PreTrainedModel, recipe: Recipe, settings: Settings, n_samples: int) -> bool:
+    try:
+        document = adapter.read(folder)[0]
+    except DynadepthError:
+        return False
+    made = document.get("provenance") or {}
+    by = made.get("run") or {}
+    now = provenance()
+    wanted = {"recipe": recipe.to_dict(), "budget": settings.budget, "seed": settings.seed}
+    return (
+        "result" in made
+        and "stopped" not in made
+        and {key: made.get(key) for key in wanted} == json.loads(json.dumps(wanted))
+        and made["result"]["n_train"] + made["result"]["n_heldout"] == n_samples
+        and (by.get("dynadepth"), by.get("commit")) == (dynadepth_version(), now["commit"])
+        and (by.get("model") or {}).get("fingerprint") == model_facts(settings.model, model)["fingerprint"]
+    )
+
+
+def _importance(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], n_heldout: int
+) -> dict[Any, float]:
+    """Of the routed sites, on the held-out prompts: the scores that tuning itself starts from."""
+    pad = pad_token_id(tokenizer)
+    prompts = [e.input_ids[: e.prompt_length or Collator(pad).prefix_length(e.input_ids)] for e in examples[:n_heldout]]
+    routing = routing_of(model)
+    scores = budget.importance(model, budget.prompts_to_batches(prompts, pad), routing.target.name)
+    return {site: score for site, score in scores.items() if site in routing.states}
+
+
+def _on_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    twins: StaticTwins,
+    text: str,
+    windows: int,
+    detail: Callable[[str], object],
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    routed, dense, sites = measure.on_text(model, tokenizer, text, windows, lambda line: detail(f"routed: {line}"))
+
+    def static(twin: PreTrainedModel) -> Figures:
+        return measure.on_text(twin, tokenizer, text, windows, lambda line: detail(f"static twin: {line}"))[0]
+
+    figures = {"dense": dense, "routed": routed, "static": twins.matched(float(routed["keep_all"] or 0), static)}
+    return {name: {**values, "perplexity": exp(values["nll"] or 0)} for name, values in figures.items()}, sites
+
+
+def _add_accuracy(
+    variants: dict[str, dict[str, Any]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    twins: StaticTwins,
+    limit: int | None,
+    detail: Callable[[str], object],
+) -> None:
+    """Adds `accuracy`, `keep_questions` and, for the routed model, `accuracy_difference` (95 % against dense)."""
+    if not measure.can_score_tasks():
+        detail("left out: it needs `pip install 'dynadepth[eval]'`")
+        return
+    found = measure.on_questions(model, tokenizer, limit, lambda line: detail(f"dense and routed: {line}"), True)
+    keep = found["keep_ratio"]["all"]
+
+    def static(twin: PreTrainedModel) -> Figures:
+        results = measure.on_questions(twin, tokenizer, limit, lambda line: detail(f"static twin: {line}"))
+        return {"accuracy": results["average"], "keep_questions": results["keep_ratio"]["all"]}
+
+    task = found["tasks"][measure.TASK]
+    variants["dense"] |= {"accuracy": found["dense"]["average"], "keep_questions": 1.0}
+    variants["routed"] |= {"accuracy": found["average"], "keep_questions": keep, "questions": task["n"]}
+    variants["routed"]["accuracy_difference"] = task.get("diff_vs_dense")
+    variants["static"] |= twins.matched(keep, static)
+
+
+def _samples(
+    model: PreTrainedModel, static: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[dict[str, Any]]:
+    """One entry a prompt: `prompt`, and the `generate` output of each variant."""
+    with disabled(model):
+        dense = answers(model, tokenizer, settings.prompts, settings.answer_tokens)
+    routed = answers(model, tokenizer, settings.prompts, settings.answer_tokens)
+    fixed = answers(static, tokenizer, settings.prompts, settings.answer_tokens)
+    return [
+        {"prompt": d["prompt"], "answers": {"dense": d, "routed": r, "static": s}}
+        for d, r, s in zip(dense, routed, fixed, strict=True)
+    ]

@@ -1,0 +1,81 @@
+"""What there is to know about a model, or about saved routers: plain dicts, for `dynadepth info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadepth import adapter
+from dynadepth.architectures import decoder_layers
+from dynadepth.errors import UnsupportedModelError
+from dynadepth.methods import MindSkipConfig
+from dynadepth.model import attach, detach
+from dynadepth.report.stamp import model_facts
+from dynadepth.routing.decision import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TARGETS = ("attention", "mlp", "block")
+
+
+def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
+    """Facts of a model, and for each target and granularity whether the probe allows it: True, or the reason why not."""
+    facts = {
+        **model_facts(name, model),
+        "architecture": type(model).__name__,
+        "layers": len(decoder_layers(model)),
+        "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    routable: dict[str, dict[str, bool | str]] = {}
+    for target in TARGETS:
+        routable[target] = {}
+        for granularity, policy in (("sequence", "project"), ("token", "project"), ("token", "drop")):
+            config = MindSkipConfig(target=target, granularity=granularity, kv_policy=policy)
+            label = granularity if granularity == "sequence" else f"{granularity}, {policy}"
+            try:
+                detach(attach(model, config))
+                routable[target][label] = True
+            except UnsupportedModelError as error:
+                routable[target][label] = str(error)
+    return {**facts, "routable": routable}
+
+
+def describe_routers(directory: str | Path) -> dict[str, Any]:
+    """Facts of saved routers: for which model, sites, parameters, the calibrated range of budgets, provenance.
+
+    `budgets`: lowest and highest share of all sublayers of the target at which thresholds were measured, or None.
+    """
+    document, tensors = adapter.read(Path(directory))
+    sites = [Site.parse(text) for text in document.get("sites", [])]
+    n_layers = document["base_model"].get("num_hidden_layers")
+    points = (document.get("calibration") or {}).get("points") or []
+    budgets = None
+    if points and n_layers and sites:
+        always = n_layers - len(sites)
+        keeps = [point["keep"] for point in points]
+        budgets = [(keep * len(sites) + always) / n_layers for keep in (min(keeps), max(keeps))]
+    return {
+        "base_model": document["base_model"],
+        "config": document["config"],
+        "sites": [str(site) for site in sites],
+        "layers": n_layers,
+        "parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith("threshold")),
+        "budget": document.get("budget"),
+        "budgets": budgets,
+        "calibrated_on": (document.get("calibration") or {}).get("n_sequences"),
+        "provenance": document.get("provenance") or {},
+    }
+
+
+def layer_ranges(layers: list[int]) -> str:
+    """`[1, 2, 3, 7]` as `1-3, 7`."""
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)

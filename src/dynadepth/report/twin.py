@@ -1,0 +1,67 @@
+"""Static twins: the fixed routes that a dynamic one has to beat, at exactly its keep ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from dynadepth.benchmark.pruned import bare_twin
+from dynadepth.budget import static_skip
+from dynadepth.methods import StaticConfig
+from dynadepth.model import attach, routing_of
+from dynadepth.routing.decision import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Figures = dict[str, float | None]
+
+
+class StaticTwins:
+    """Static routes of every length for one routed model, each skipping the least important sublayers of its target.
+
+    The twins share the model's weights and have routing modules of their own.
+    """
+
+    def __init__(self, model: PreTrainedModel, scores: Mapping[Site, float]) -> None:
+        """`scores`: importance of the sublayers that may be skipped, as `budget.importance` measures it."""
+        self.model, self.scores = model, dict(scores)
+        self.n_layers, self.target = routing_of(model).n_layers, routing_of(model).target.name
+        self._made: dict[int, PreTrainedModel] = {}
+
+    def skipped(self, count: int) -> tuple[int, ...]:
+        """The layers that the route of this length skips."""
+        return static_skip(self.scores, 1 - count / self.n_layers, self.n_layers)
+
+    def skipping(self, count: int) -> PreTrainedModel:
+        """The model under the static route that skips `count` sublayers."""
+        if count not in self._made:
+            skip = self.skipped(count)
+            layers = tuple(sorted(site.layer for site in self.scores))
+            config = StaticConfig(target=self.target, layers=layers, skip=skip)
+            self._made[count] = attach(bare_twin(self.model), config)
+        return self._made[count]
+
+    def nearest(self, keep: float) -> PreTrainedModel:
+        """The twin whose keep ratio (of all sublayers of the target) is the nearest to `keep`."""
+        return self.skipping(min(round((1 - keep) * self.n_layers), len(self.scores)))
+
+    def mixture(self, keep: float) -> list[tuple[int, float]]:
+        """(count skipped, share of the inputs): the one or two whole counts whose mean keep ratio is exactly `keep`."""
+        skipped = min((1 - keep) * self.n_layers, float(len(self.scores)))
+        low = math.floor(skipped + 1e-6)
+        share = skipped - low
+        return [(low, 1.0)] if share < 1e-3 else [(low, 1 - share), (low + 1, share)]
+
+    def matched(self, keep: float, measure: Callable[[PreTrainedModel], Figures]) -> Figures:
+        """What `measure` gives in the mean where inputs are spread over the twins of `mixture(keep)`.
+
+        Every figure must be a mean over inputs (negative log-likelihood, not perplexity). None where a twin has None.
+        """
+        parts = [(share, measure(self.skipping(count))) for count, share in self.mixture(keep)]
+        mixed: Figures = {}
+        for key in parts[0][1]:
+            values = [(share, figures[key]) for share, figures in parts]
+            mixed[key] = None if any(v is None for _, v in values) else sum(share * float(v or 0) for share, v in values)
+        return mixed

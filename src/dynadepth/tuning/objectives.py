@@ -1,0 +1,54 @@
+"""What the routers are tuned to: the task's own loss (CE), or the dense model's distribution (KL).
+
+Losses are sums over scored tokens divided by `items`, the number of scored tokens of the whole optimiser step, so that any
+division into micro-batches adds up to the same gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadepth.model import disabled, routing_of
+
+CHUNK = 256
+"""Tokens whose float32 vocabulary rows are held at once."""
+
+
+def scored_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Logits `[N, V]` (the model's dtype) that predict the N labelled tokens, and the outputs."""
+    labels = inputs["labels"]
+    outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    return outputs.logits[:, :-1][labels[:, 1:] != -100], outputs
+
+
+def kl_sum(teacher: Tensor, student: Tensor) -> Tensor:
+    """Σ KL(teacher‖student) over rows of logits `[N, V]`, in nats, float32."""
+    total = student.new_zeros((), dtype=torch.float32)
+    for t, s in zip(teacher.split(CHUNK), student.split(CHUNK), strict=True):
+        t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
+        total = total + (t.exp() * (t - s)).sum()
+    return total
+
+
+def kl_loss(model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> tuple[Tensor, Any]:
+    """KL(dense‖routed) a token plus the method's depth loss; teacher and student are one frozen backbone."""
+    with torch.no_grad(), disabled(model):
+        teacher, _ = scored_logits(model, {k: v for k, v in inputs.items() if k != "prompt_mask"})
+    student, outputs = scored_logits(model, inputs)
+    scored = (inputs["labels"][:, 1:] != -100).sum(1)
+    items = scored.sum() if items is None else items
+    loss = kl_sum(teacher, student) / items
+    depth = routing_of(model).config.depth_loss(outputs.depth_trace, scored / items)
+    return (loss if depth is None else loss + depth), outputs
+
+
+def ce_loss(model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> tuple[Tensor, Any]:
+    """The model's own loss on the labels, to which the routed forward adds the depth loss (Router-Tuning, Eq. 9)."""
+    outputs = model(**inputs, num_items_in_batch=items)
+    return outputs.loss, outputs
+
+
+OBJECTIVES = {"ce": ce_loss, "kl": kl_loss}

@@ -1,0 +1,135 @@
+"""Recipes: everything that a tuning run depends on, as strict YAML. The papers' settings and ours are in `recipes/`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.methods import DepthConfig, config_from_dict
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One tuning recipe. `method` holds the method's name and settings (see its configuration class)."""
+
+    name: str
+    source: str
+    """Where the settings come from."""
+    method: dict[str, Any]
+    budget: float = 0.75
+    """Share of all sublayers of the target that may execute, where the command line names none."""
+    objective: str = "kl"
+    """`ce`: the task's own loss; `kl`: KL(dense‖routed) on the answer's tokens, the dense model being the same backbone."""
+    init: str = "zeros"
+    """`zeros`, or `importance`: biases start from 1 − cosine scores, so that tuning starts at the static route."""
+    controller: str = "none"
+    """`none`: thresholds stay; `quantile`: they follow the logits' quantile, which pins the hard keep ratio."""
+    data: str = "self"
+    """Where the command line names none: a file, a `datasets` name, or `self`."""
+    max_samples: int = 96
+    max_length: int = 256
+    """Tokens a sample; longer answers are cut."""
+    shuffle: bool = True
+    holdout: float = 0.33
+    """Share of the samples kept for calibration and for the before and after figures."""
+    answer_tokens: int = 96
+    """Length of the answers the model writes with `data: self`."""
+    learning_rate: float = 1e-3
+    bias_learning_rate: float | None = None
+    """For router biases; None: the same."""
+    lr_scheduler: str = "cosine"
+    warmup: float = 0.03
+    """Share of the steps."""
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    epochs: float = 1.0
+    max_steps: int = -1
+    """Overrides `epochs` where positive."""
+    calibrate: bool = True
+    """Measure thresholds for every budget afterwards. Without it the routers keep the method's own threshold."""
+    save_steps: int = 10
+    """A checkpoint to resume from every so many steps."""
+    report_to: tuple[str, ...] = field(default=())
+    """Trackers, as in transformers' TrainingArguments: `tensorboard`, `wandb`, ..."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("objective", ("ce", "kl")),
+            ("init", ("zeros", "importance")),
+            ("controller", ("none", "quantile")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
+        for name in ("max_samples", "max_length", "batch_size", "gradient_accumulation", "save_steps", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 < self.holdout < 1:
+            raise ConfigError(f"holdout must be between 0 and 1, not {self.holdout}.")
+
+    def config(self, **overrides: Any) -> DepthConfig:
+        """The method's configuration, with the overrides that are not None."""
+        return config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def recipe_folder() -> Path:
+    """The packaged recipes, or those of the checkout in an editable install."""
+    packaged = Path(str(resources.files("dynadepth"))) / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
+
+
+def known_recipes() -> list[str]:
+    """Names accepted by `load_recipe`."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
+    """A recipe by name or from a YAML file. Unknown names and settings are errors that name the near ones."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigError("Recipes need pyyaml: pip install 'dynadepth[train]'.") from error
+
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = recipe_folder() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = known_recipes()
+        raise ConfigError(
+            f"There is no recipe {str(name_or_path)!r}; known: {', '.join(known)}, or a YAML file."
+            f"{did_you_mean(str(name_or_path), known)}"
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no settings.")
+    return recipe_from_dict(data, str(path))
+
+
+def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from its settings, each checked for name and type."""
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    types = {"int": int, "float": (int, float), "str": str, "bool": bool, "float | None": (int, float, type(None)),
+             "dict[str, Any]": dict, "tuple[str, ...]": (list, tuple)}  # fmt: skip
+    for key, value in data.items():
+        if key not in fields:
+            raise ConfigError(f"{where} has an unknown setting {key!r}.{did_you_mean(key, fields)}")
+        kind = types[str(fields[key].type)]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
+            raise ConfigError(f"{where}: {key} must be {fields[key].type}, not {value!r}.")
+    missing = [name for name in ("name", "source", "method") if name not in data]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}.")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return Recipe(**values)

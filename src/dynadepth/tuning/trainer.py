@@ -1,0 +1,358 @@
+"""Tunes routers alone with `transformers.Trainer`: the backbone is frozen, checkpoints hold routers and optimiser state only."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dynadepth import budget as budgets
+from dynadepth.errors import ConfigError, TuningError
+from dynadepth.model import attach, check_budget, disabled, is_attached, routing_of, save, set_budget, unwrapped
+from dynadepth.routing.decision import KeepRatio
+from dynadepth.routing.recorder import recording
+from dynadepth.tuning.data import Collator, Example, pad_token_id
+from dynadepth.tuning.objectives import OBJECTIVES, kl_sum, scored_logits
+from dynadepth.tuning.recipe import Recipe
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""`progress(stage, done, total, figures)`."""
+
+
+@dataclass
+class TuneResult:
+    """What a run did. Keep ratios and KL are measured on held-out prompts, with hard decisions."""
+
+    directory: str
+    seconds: float
+    steps: int
+    n_trainable: int
+    n_train: int
+    n_heldout: int
+    keep_before: KeepRatio | None
+    keep_after: KeepRatio | None
+    kl_before: float
+    kl_after: float
+    moved: float
+    """Root mean square change of the router parameters."""
+    losses: list[float] = field(default_factory=list)
+    static_skip: list[int] = field(default_factory=list)
+    """Layers that the static route of the same budget and importance scores skips."""
+    kl_static: float | None = None
+
+
+class RouterTrainer(Trainer):
+    """A Trainer whose checkpoints hold routers, that pins the keep ratio if asked, and stops at the first bad loss."""
+
+    def __init__(self, *args: Any, recipe: Recipe, keep: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recipe, self.keep = recipe, keep
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # ask for the number of label tokens of the whole step
+        self.losses: list[float] = []
+        self.keeps: list[float] = []
+        self.last_good = _snapshot(self.model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = OBJECTIVES[self.recipe.objective](self.model, inputs, num_items_in_batch)
+        if self.recipe.controller == "quantile":
+            self._follow_quantile(outputs.depth_trace)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            _restore(self.model, self.last_good)
+            raise TuningError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the last good "
+                "step. Try a lower learning_rate, or bfloat16 instead of float16."
+            )
+        self.last_good = _snapshot(self.model)
+        self.losses.append(loss.item())
+        return loss
+
+    def _follow_quantile(self, trace: Any) -> None:
+        """Moves the common threshold half-way to where this batch would keep the requested share.
+
+        Half-way each step, because executing more always lowers the loss: the logits drift upwards together, and a threshold
+        that followed slowly would let the keep ratio drift with them.
+        """
+        logits = torch.cat([v.detach().flatten() for v in self._units(trace)])
+        self.keeps.append(float((logits >= self._threshold()).float().mean()))
+        goal = torch.quantile(logits, 1 - self.keep)
+        for router in routing_of(self.model).routers().values():
+            router.threshold.lerp_(goal.to(router.threshold), 0.5)
+
+    def _threshold(self) -> Tensor:
+        return next(iter(routing_of(self.model).routers().values())).threshold
+
+    @staticmethod
+    def _units(trace: Any) -> list[Tensor]:
+        if trace.token_mask is None:
+            return list(trace.logits.values())
+        return [v if v.dim() == 1 else v[trace.token_mask] for v in trace.logits.values()]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            biases = [p for name, p in named if name.endswith("depth_router.bias")]
+            others = [p for name, p in named if not name.endswith("depth_router.bias")]
+            rate = self.args.learning_rate if self.recipe.bias_learning_rate is None else self.recipe.bias_learning_rate
+            groups = [{"params": others, "lr": self.args.learning_rate}, {"params": biases, "lr": rate}]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save(self.model, output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        from dynadepth import adapter
+
+        tensors = adapter.read(Path(resume_from_checkpoint))[1]
+        for site, router in routing_of(self.model).routers().items():
+            router.load_state_dict({name: tensors[f"{site}.{name}"] for name in router.state_dict()})
+
+
+class _Report(TrainerCallback):
+    """Hands the trainer's steps to a progress function."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.trainer: RouterTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress and self.trainer and self.trainer.losses:
+            recent, keeps = self.trainer.losses[-8:], self.trainer.keeps[-8:]
+            figures = {"loss": sum(recent) / len(recent)}
+            if keeps:
+                figures["keep"] = sum(keeps) / len(keeps)
+            self.progress("tune", state.global_step, state.max_steps, figures)
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{site}.{k}": v.clone() for site, r in routing_of(model).routers().items() for k, v in r.state_dict().items()
+    }
+
+
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    for site, router in routing_of(model).routers().items():
+        router.load_state_dict({name: state[f"{site}.{name}"] for name in router.state_dict()})
+
+
+def tune(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    budget: float | None = None,
+    target: str | None = None,
+    granularity: str | None = None,
+    kv_policy: str | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Attaches fresh routers to `model`, tunes them on `examples`, calibrates their budgets and saves them in `out`.
+
+    Held-out examples (the recipe's share) give the calibration and the figures of the result, never gradients. An
+    interrupted run with the same settings resumes from its last checkpoint. Raises TuningError where the loss turns NaN
+    (the last good routers are saved first) or where there are too few examples.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if is_attached(model):
+        raise ConfigError("This model is already routed: dynadepth.detach(model) first.")
+    n_heldout = max(1, round(recipe.holdout * len(examples)))
+    if len(examples) - n_heldout < 1:
+        raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
+    heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
+
+    config = recipe.config(target=target, granularity=granularity, kv_policy=kv_policy)
+    attach(model, config)
+    routing = routing_of(model)
+    budget = check_budget(recipe.budget if budget is None else budget, routing)
+    keep = min(1.0, max(routing.keep_of(budget), 1e-6))
+    if hasattr(config, "capacity"):  # the training-time constraint that the budget asks for
+        routing.config = config = recipe.config(
+            target=target, granularity=granularity, kv_policy=kv_policy, capacity=keep
+        )
+    routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
+
+    pad = pad_token_id(tokenizer)
+    prompts = [e.input_ids[: e.prompt_length or Collator(pad).prefix_length(e.input_ids)] for e in heldout]
+    held_batches = budgets.prompts_to_batches(prompts, pad)
+    scores = budgets.importance(model, held_batches, routing.target.name)
+    scores = {site: score for site, score in scores.items() if site in routing.states}
+    torch.manual_seed(seed)
+    _initialise(model, recipe, scores, keep)
+    start = _snapshot(model)
+    collator = Collator(pad, seed=seed)
+    keep_before, kl_before = evaluate(model, heldout, collator)
+
+    trainer = _trainer(model, training, collator, recipe, out, keep, seed, progress)
+    checkpoint = _resumable(out, routing.provenance) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (KeyboardInterrupt, TuningError) as error:
+        routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
+        save(model, out)
+        raise
+    model.eval()
+    if recipe.calibrate:
+        keeps = sorted({*budgets.KEEPS, round(keep, 4)})
+        stage = None if progress is None else (lambda done, total: progress("calibrate", done, total, {}))
+        budgets.calibrate(model, held_batches, keeps, stage)
+        set_budget(model, **{routing.target.name: budget})
+    keep_after, kl_after = evaluate(model, heldout, collator)
+    now = _snapshot(model)
+    moved = torch.cat([(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold")])
+    skip = budgets.static_skip(scores, budget, routing.n_layers)
+    result = TuneResult(
+        directory=str(out),
+        seconds=time.monotonic() - started,
+        steps=trainer.state.global_step,
+        n_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        n_train=len(training),
+        n_heldout=len(heldout),
+        keep_before=keep_before,
+        keep_after=keep_after,
+        kl_before=kl_before,
+        kl_after=kl_after,
+        moved=float(moved.square().mean().sqrt()) if len(moved) else 0.0,
+        losses=trainer.losses,
+        static_skip=list(skip),
+        kl_static=_static_kl(model, heldout, collator, skip),
+    )
+    routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
+    save(model, out)
+    return result
+
+
+def _initialise(model: nn.Module, recipe: Recipe, scores: dict[Any, float], keep: float) -> None:
+    """`importance`: biases are the standardised log scores, and the threshold keeps the requested share of them."""
+    if recipe.init != "importance":
+        return
+    routers = routing_of(model).routers()
+    logs = torch.tensor([max(scores[site], 1e-12) for site in routers]).log()
+    biases = (logs - logs.mean()) / logs.std(correction=0).clamp(min=1e-6)
+    for router, bias in zip(routers.values(), biases, strict=True):
+        if getattr(router, "bias", None) is None:
+            raise ConfigError("init: importance needs routers with a bias: set method.bias to true.")
+        with torch.no_grad():
+            router.bias.copy_(bias)  # type: ignore[union-attr,operator]
+        router.threshold.fill_(float(torch.quantile(biases, 1 - keep)))
+
+
+def evaluate(model: nn.Module, examples: Sequence[Example], collator: Collator) -> tuple[KeepRatio | None, float]:
+    """Hard keep ratio at prefill and KL(dense‖routed) a token, in evaluation mode, on whole examples."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    device = next(unwrapped(model).parameters()).device
+    with torch.no_grad(), recording() as record:
+        for start in range(0, len(examples), 8):
+            batch = {k: v.to(device) for k, v in collator(examples[start : start + 8]).items()}
+            student, _ = scored_logits(model, batch)
+            with disabled(model):
+                teacher, _ = scored_logits(model, {k: v for k, v in batch.items() if k != "prompt_mask"})
+            total += float(kl_sum(teacher, student))
+            tokens += len(student)
+    model.train(training)
+    return record.keep_ratio("prefill"), total / max(tokens, 1)
+
+
+def _static_kl(model: nn.Module, heldout: Sequence[Example], collator: Collator, skip: Sequence[int]) -> float:
+    from dynadepth.model import fixed_routes
+
+    routing = routing_of(model)
+    with fixed_routes(model, {site: site.layer not in skip for site in routing.sites}):
+        return evaluate(model, heldout, collator)[1]
+
+
+def _trainer(
+    model: nn.Module,
+    training: list[Example],
+    collator: Collator,
+    recipe: Recipe,
+    out: Path,
+    keep: float,
+    seed: int,
+    progress: Progress | None,
+) -> RouterTrainer:
+    device = next(unwrapped(model).parameters()).device
+    steps = recipe.max_steps
+    per_step = recipe.batch_size * recipe.gradient_accumulation
+    total = steps if steps > 0 else max(1, round(recipe.epochs * len(training) / per_step))
+    args = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler,
+        warmup_steps=round(recipe.warmup * total),
+        weight_decay=recipe.weight_decay,
+        num_train_epochs=recipe.epochs,
+        max_steps=steps,
+        seed=seed,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=1,
+        report_to=list(recipe.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        average_tokens_across_devices=False,
+    )
+    report = _Report(progress)
+    trainer = RouterTrainer(
+        model=model,
+        args=args,
+        train_dataset=training,  # type: ignore[arg-type]
+        data_collator=collator,
+        callbacks=[report],
+        recipe=recipe,
+        keep=keep,
+    )
+    report.trainer = trainer
+    trainer.remove_callback(_printer())
+    return trainer
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _resumable(out: Path, provenance: dict[str, Any]) -> str | None:
+    """The last checkpoint in `out`, if it was made with the same settings; others are left alone and not used."""
+    from dynadepth import adapter
+
+    found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            saved = adapter.read(path)[0].get("provenance")
+        except ConfigError:
+            continue
+        if saved == json.loads(json.dumps(copy.deepcopy(provenance))):
+            return str(path)
+    return None

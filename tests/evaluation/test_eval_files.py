@@ -1,0 +1,83 @@
+"""Reading tables and texts."""
+
+import gzip
+import json
+import zlib
+
+import pytest
+
+from dynadepth.errors import DataError
+from dynadepth.evaluation.files import read_rows, read_text, stem
+
+
+def test_stem_drops_both_suffixes():
+    assert [stem("a/arc_easy.jsonl.gz"), stem("b.jsonl"), stem("c.txt")] == ["arc_easy", "b", "c.txt"]
+
+
+def test_rows_come_in_order_and_blank_lines_do_not_count(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_text_of_a_table_is_joined_in_the_order_of_its_ids(tmp_path):
+    path = tmp_path / "wiki.jsonl.gz"
+    rows = [{"id": "w/010", "text": " = B = \n \n b\n"}, {"id": "w/002", "text": " = A = \n"}]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert read_text(path) == " = A = \n = B = \n \n b\n"
+
+
+def test_text_keeps_its_line_ends(tmp_path):
+    for name, pack in (("a.txt", bytes), ("b.txt.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(pack("Grüße\r\n\u2028x\n".encode()))
+        assert read_text(tmp_path / name) == "Grüße\r\n\u2028x\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "not JSON at line 2"),
+        ("a.jsonl", b"[1]\n", "no JSON object at line 1"),
+        ("a.jsonl", b"\n", "is empty"),
+        ("a.jsonl.gz", b'{"a": 1}\n', "could not be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "could not be read"),
+        ("a.jsonl", b"\xff\xfe\n", "no UTF-8 text"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_damage_inside_a_gzip_file_is_a_data_error(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n'))
+
+    def broken(*_, **__):
+        raise zlib.error("Error -3")
+
+    monkeypatch.setattr(gzip, "open", broken)
+    with pytest.raises(DataError, match="could not be read"):
+        read_rows(path)
+
+
+def test_a_missing_file_names_a_near_one(tmp_path):
+    (tmp_path / "wikitext.txt").write_text("x")
+    with pytest.raises(DataError, match=r"Did you mean 'wikitext\.txt'"):
+        read_text(tmp_path / "wikitxt.txt")
+    with pytest.raises(DataError, match="There is no file"):
+        read_text(tmp_path / "none" / "a.txt")
+
+
+def test_a_table_without_text_names_its_columns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "?"}\n')
+    with pytest.raises(DataError, match="no text field 'text' but 'query'"):
+        read_text(path)
+
+
+def test_an_empty_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(DataError, match="no text to score"):
+        read_text(tmp_path / "a.txt")

@@ -1,0 +1,88 @@
+"""Semantic 1: with every site executing the routed model is the bare one bit for bit, and `detach` restores it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dynadepth
+from dynadepth import DepthConfig
+from dynadepth.routing.registry import import_modules, subclasses
+
+from .matrix import CELLS, MATRIX, Cell, inputs, over
+from .models import tiny
+
+import_modules("dynadepth.methods")
+METHODS = subclasses(DepthConfig)
+
+
+def generated(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `[B, T + n]` and logits `[B, n, V]` of a greedy generation."""
+    out = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def form(model: Any) -> list[tuple[str, type, list[str], dict[str, Any]]]:
+    """Everything that `attach` may touch: each module's type and attributes, each parameter's `requires_grad`."""
+    return [
+        (
+            name,
+            type(module),
+            sorted(set(vars(module)) - {"_output_capturing_hooks_installed"}),
+            {key: (id(p), p.requires_grad) for key, p in module.named_parameters(recurse=False)},
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@over(MATRIX)
+def test_execute_all_is_the_bare_model(name: str, cell: Cell) -> None:
+    model, batch = tiny(name), inputs()
+    # Frozen but for one: PyTorch multiplies by another kernel where a matrix requires gradients, even when none are recorded.
+    # The one shows whether `detach` puts back what was there.
+    model.requires_grad_(False).get_input_embeddings().weight.requires_grad_(True)
+    before, wanted, steps = form(model), model(**batch).logits, generated(model, batch)
+    unpadded = model(input_ids=batch["input_ids"]).logits
+
+    cell.attach(model)
+    assert torch.equal(model(**batch).logits, wanted)
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, unpadded)
+    assert torch.equal(model(**batch, use_cache=False).logits, wanted)
+    for found, want in zip(generated(model, batch), steps, strict=True):
+        assert torch.equal(found, want)
+    model.train()
+    assert torch.equal(model(**batch).logits, wanted), "the masked path"
+    model.eval()
+
+    assert dynadepth.detach(model) is model
+    assert form(model) == before
+    assert torch.equal(model(**batch).logits, wanted)
+    for found, want in zip(generated(model, batch), steps, strict=True):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_can_execute_all(method: type[DepthConfig], cell: Cell) -> None:
+    model, batch = tiny("llama").requires_grad_(False), inputs()
+    wanted, steps = model(**batch).logits, generated(model, batch)
+    dynadepth.attach(model, method(**cell.settings))
+    with dynadepth.fixed_routes(model, {}):
+        assert torch.equal(model(**batch).logits, wanted)
+        for found, want in zip(generated(model, batch), steps, strict=True):
+            assert torch.equal(found, want)
+
+
+@over(MATRIX)
+def test_disabled_is_the_bare_model_whatever_the_routers_say(name: str, cell: Cell) -> None:
+    model, batch = tiny(name).requires_grad_(False), inputs()
+    wanted = model(**batch).logits
+    cell.attach(model)
+    with torch.no_grad():
+        for router in dynadepth.routing_of(model).routers().values():
+            router.threshold.fill_(float("inf"))
+    assert not torch.equal(model(**batch).logits, wanted)
+    with dynadepth.disabled(model):
+        assert torch.equal(model(**batch).logits, wanted)

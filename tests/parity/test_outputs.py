@@ -1,0 +1,67 @@
+"""Semantic 11: one full-batch entry a layer in `attentions` and `hidden_states`, whatever was skipped."""
+
+from __future__ import annotations
+
+import torch
+
+import dynadepth
+
+from .matrix import MATRIX, TOKENS, Cell, assert_same, decisions, in_chunks, inputs, over
+from .models import HEADS, LAYERS, WIDTH, tiny
+from .oracle import reference
+
+EAGER = [(name, cell) for name, cell in MATRIX if tiny(name).config._attn_implementation == "eager"]
+
+
+@over(MATRIX)
+def test_hidden_states(name: str, cell: Cell) -> None:
+    model, batch, given = tiny(name), inputs(), decisions(cell)
+    wanted = reference(model, cell, given, batch, output_hidden_states=True).hidden_states
+    cell.attach(model)
+    with torch.no_grad(), dynadepth.fixed_routes(model, given):
+        sparse = model(**batch, output_hidden_states=True).hidden_states
+        masked = model.train()(**batch, output_hidden_states=True).hidden_states
+    model.eval()
+    for found in (sparse, masked):
+        assert len(found) == len(wanted) == LAYERS + 1
+        for one, other in zip(found, wanted, strict=True):
+            assert_same(one, other, batch["attention_mask"])
+    last = in_chunks(model, batch, (TOKENS - 1, 1), given, output_hidden_states=True)[-1].hidden_states
+    assert [tuple(entry.shape) for entry in last] == [(len(batch["input_ids"]), 1, WIDTH)] * (LAYERS + 1)
+
+
+@over(EAGER)
+def test_attentions(name: str, cell: Cell) -> None:
+    model, batch, given = tiny(name), inputs(), decisions(cell)
+    real = batch["attention_mask"].bool()
+    wanted = reference(model, cell, given, batch, output_attentions=True).attentions
+    assert len(wanted) == LAYERS
+    cell.attach(model)
+    with torch.no_grad(), dynadepth.fixed_routes(model, given):
+        sparse = model(**batch, output_attentions=True).attentions
+    assert len(sparse) == LAYERS
+    for one, other in zip(sparse, wanted, strict=True):
+        assert one.shape == other.shape
+        assert_same(one.transpose(1, 2), other.transpose(1, 2), real)  # [B, T, heads, K]
+
+    start = 0
+    for out in in_chunks(model, batch, (7, 3, 1, 1), given, output_attentions=True):
+        assert len(out.attentions) == LAYERS
+        stop = start + out.logits.shape[1]
+        for one, other in zip(out.attentions, wanted, strict=True):
+            keys = one.shape[3]
+            assert one.shape == (len(real), HEADS, stop - start, keys)
+            part = other[:, :, start:stop, stop - keys : stop]  # a sliding layer shows its last keys
+            assert_same(one.transpose(1, 2), part.transpose(1, 2), real[:, start:stop])
+        start = stop
+
+
+@over([pair for pair in EAGER if pair[1].target != "mlp"])
+def test_attentions_where_nothing_executes(name: str, cell: Cell) -> None:
+    model, batch = cell.attach(tiny(name)), inputs()
+    nothing = {site: torch.zeros_like(execute) for site, execute in decisions(cell).items()}
+    for out in in_chunks(model, batch, (8, 4), nothing, output_attentions=True):
+        assert len(out.attentions) == LAYERS
+        for weights in out.attentions:
+            assert weights.shape[:3] == (*out.logits.shape[:1], HEADS, out.logits.shape[1])
+            assert not weights.any()

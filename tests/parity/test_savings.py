@@ -1,0 +1,126 @@
+"""Semantic 6: what is skipped runs no kernel of the base model and stores no keys and values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dynadepth
+
+from .matrix import BATCH, MATRIX, TOKENS, Cell, in_chunks, inputs, over
+from .models import LAYERS, tiny
+from .oracle import attention_of, layers_of, module_of
+
+EXECUTING = 5  # tokens of each row at a site that executes in part
+
+
+@contextmanager
+def tokens_through(module: nn.Module) -> Iterator[Counter[str]]:
+    """Counts the tokens that pass each matrix (and each layer of experts) inside a module, by its name there."""
+    counts: Counter[str] = Counter()
+
+    def counter(name: str) -> Any:
+        def hook(part: nn.Module, args: Any) -> None:
+            counts[name] += args[0].shape[:-1].numel()
+
+        return hook
+
+    matrices = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) or any(p.dim() == 3 for p in part.parameters(recurse=False))
+    }
+    assert matrices
+    handles = [part.register_forward_pre_hook(counter(name)) for name, part in matrices.items()]
+    counts.update(dict.fromkeys(matrices, 0))
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+def exact_decisions(cell: Cell) -> dict[Any, Tensor]:
+    """Decisions under which every row has equally many executing tokens, none of them padding: nothing is filled up.
+
+    The last layer skips everything, and so does every other token after the prefill.
+    """
+    given = {}
+    for site in cell.sites:
+        if cell.sticky:
+            given[site] = torch.tensor([site.layer % 2 == 0, site.layer == 1, False])
+            continue
+        execute = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+        execute[:, 4 : 4 + EXECUTING] = True
+        execute[:, TOKENS - 1] = True
+        given[site] = execute
+    given[cell.sites[-1]] = torch.zeros_like(given[cell.sites[-1]])
+    return given
+
+
+@over(MATRIX)
+def test_skipped_units_run_no_kernel(name: str, cell: Cell) -> None:
+    model, batch, given = cell.attach(tiny(name)), inputs(), exact_decisions(cell)
+    lengths = (TOKENS - 2, 1, 1)
+    for site in cell.sites:
+        layer = layers_of(model)[site.layer]
+        start = 0
+        with tokens_through(module_of(layer, cell.target)) as counts:
+            for length in lengths:
+                before = dict(counts)
+                _continue(model, batch, given, start, length)
+                execute = given[site][:, start : start + length].sum() if not cell.sticky else given[site].sum() * length
+                start += length
+                for part, count in counts.items():
+                    wanted = int(execute)
+                    if cell.has_policy and cell.kv_policy == "project" and part.endswith(("k_proj", "v_proj")):
+                        wanted = BATCH * length
+                    assert count - before[part] == wanted, (site, part, start)
+
+
+def _continue(model: Any, batch: dict[str, Tensor], given: Any, start: int, length: int) -> None:
+    """One forward of the tokens `start` to `start + length`, on the cache of the forward before."""
+    stop = start + length
+    now = {s: d if d.dim() == 1 else d[:, start:stop] for s, d in given.items()}
+    cache = None if not start else model._cache_of_this_test
+    with torch.no_grad(), dynadepth.fixed_routes(model, now):
+        out = model(batch["input_ids"][:, start:stop], attention_mask=batch["attention_mask"][:, :stop], past_key_values=cache)
+    model._cache_of_this_test = out.past_key_values
+
+
+def dense_bytes(model: Any, layer: int, tokens: int) -> int:
+    """Bytes of keys and values of one row's `tokens` in one layer of the bare model."""
+    config, attention = model.config, attention_of(layers_of(model)[layer])
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = getattr(attention, "head_dim", None) or attention.head_size
+    window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if window and (types is None or types[layer] == "sliding_attention"):
+        tokens = min(tokens, window - 1)
+    return 2 * heads * width * tokens * 4
+
+
+@over(MATRIX)
+def test_skipped_units_store_nothing(name: str, cell: Cell) -> None:
+    model, batch, given = tiny(name), inputs(), exact_decisions(cell)
+    dense = sum(dense_bytes(model, layer, TOKENS) * BATCH for layer in range(LAYERS))
+    bare = model(**batch).past_key_values
+    assert sum(part.numel() * 4 for layer in bare.layers for part in (layer.keys, layer.values)) == dense
+
+    cell.attach(model)
+    cache = in_chunks(model, batch, (TOKENS - 3, 1, 1, 1), given)[-1].past_key_values
+    wanted = dense
+    if cell.target != "mlp" and cell.sticky:
+        wanted = sum(dense_bytes(model, site.layer, TOKENS) * int(given[site].sum()) for site in cell.sites)
+    elif cell.has_policy and cell.kv_policy == "drop":
+        wanted = 0
+        for site in cell.sites:
+            held = dense_bytes(model, site.layer, TOKENS) // dense_bytes(model, site.layer, 1)  # what a window still shows
+            wanted += dense_bytes(model, site.layer, 1) * int(given[site][:, TOKENS - held :].sum())
+    assert cache.kv_bytes() == wanted
+    assert cache.reserved_bytes() >= wanted
+    if not (cell.has_policy and cell.kv_policy == "drop"):
+        assert cache.reserved_bytes() == wanted
