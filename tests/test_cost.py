@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from benchmark.tiny import SPECIAL, ids, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 import dynadepth
+from benchmark.tiny import SPECIAL, ids, tiny
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError
@@ -56,11 +56,24 @@ def test_formulas_equal_the_counter_and_the_cache(name):
 
 def test_latent_attention_and_shared_experts():
     """DeepSeek caches compressed states and expands all of them again in every forward."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 99, "kv_lora_rank": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 99}
+    heads = {
+        "kv_lora_rank": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+    }
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
     config = DeepseekV3Config(
-        **sizes, **heads, **experts, num_hidden_layers=2, first_k_dense_replace=1, v_head_dim=6, q_lora_rank=12
+        **sizes,
+        **heads,
+        **experts,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        v_head_dim=6,
+        q_lora_rank=12,
+        kv_lora_rank=8,
     )
     config._attn_implementation = "eager"
     model = DeepseekV3ForCausalLM(config).eval()
@@ -137,7 +150,7 @@ def test_routers_are_counted():
 @pytest.mark.parametrize("policy", ["project", "drop"])
 @pytest.mark.parametrize("kept_tokens", [0, 4, 8])
 def test_share_at_token_granularity(policy, kept_tokens):
-    """8 tokens, some of which execute: fewer queries, and under `drop` fewer keys; under `project` all keys and values."""
+    """8 tokens, some of which execute: fewer queries, under `drop` fewer keys, under `project` all of them."""
     model = routed("Llama", granularity="token", kv_policy=policy)
     execute = torch.arange(8).unsqueeze(0) < kept_tokens
     with dynadepth.fixed_routes(model, {Site(i, "attention"): execute for i in range(4)}):

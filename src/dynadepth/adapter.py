@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def identity(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, Any]:
         flat = max(parameters, key=lambda p: p.numel()).detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
         digest.update(bytes((sample > 0).to(torch.uint8).tolist()))
-    shape = {name: getattr(config, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+    shape = {
+        name: getattr(config, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    }
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return {"name": name, **shape, "fingerprint": digest.hexdigest()[:16]}
 
@@ -61,23 +63,37 @@ def write(directory: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> 
     text = json.dumps(document, indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        atomically(directory / WEIGHTS, lambda path: path.write_bytes(blob))
-        atomically(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        together(
+            {
+                directory / WEIGHTS: lambda path: path.write_bytes(blob),
+                directory / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+            }
+        )
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise AdapterError(f"No space left to save the routers in {directory}: free some, or choose another folder.") from error
+            raise AdapterError(
+                f"No space left to save the routers in {directory}: free some, or choose another folder."
+            ) from error
         raise AdapterError(f"The routers cannot be saved in {directory}: {error.strerror or error}.") from error
     return directory
 
 
 def atomically(path: Path, write_to: Callable[[Path], Any]) -> None:
     """Writes beside `path` and then moves into place; on failure nothing of the new content stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    together({path: write_to})
+
+
+def together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """`atomically` for files that belong together: all are complete on the disk before the first takes its place."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        write_to(temporary)
-        os.replace(temporary, path)
+        for path, write_to in files.items():
+            write_to(temporary[path])
+        for path in files:
+            os.replace(temporary[path], path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise
 
 
@@ -91,9 +107,11 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise AdapterError(f"{directory} holds no routers: {name} is missing.")
     try:
         document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        found = int(document["format"])
+        found = document["format"]
+        if type(found) is not int or found < 1:
+            raise ValueError(f"format {found!r}")
     except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{directory / CONFIG} is damaged ({error}): save the routers again.") from error
+        raise AdapterError(f"{directory / CONFIG} is damaged ({error!r}): save the routers again.") from error
     if found > FORMAT:
         raise AdapterError(
             f"{directory} has format {found}, this version reads up to {FORMAT}: upgrade with pip install -U dynadepth."

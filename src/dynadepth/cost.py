@@ -30,7 +30,7 @@ PARTS = {"attention": ("attention",), "mlp": ("mlp",), "block": ("attention", "m
 
 
 class Share(NamedTuple):
-    """What routing spends over what the dense model spends: on the routed target's sublayers, and on all of the model."""
+    """What routing spends over what the dense model spends: on the routed target's sublayers, and on all the model."""
 
     target: float
     model: float
@@ -50,7 +50,7 @@ class SublayerCost:
     """Multiply-adds per query and key: heads × (dimension of a key + dimension of a value)."""
 
     per_key: int = 0
-    """Multiply-adds per key alone, whatever the number of queries: latent attention expands cached states every time."""
+    """Multiply-adds per key, whatever the number of queries: latent attention expands cached states every time."""
 
     cached: int = 0
     """Elements of keys and values stored a token."""
@@ -73,9 +73,10 @@ class SublayerCost:
         `project`: the others' keys and values are made too, and seen by those that execute; else they are not there.
         """
         keys = self.keys(tokens, past) * (1.0 if project else keep)
-        skipped = self.key_value_weights * (1.0 - keep) if project else 0.0
-        any_executes = 1.0 - (1.0 - keep) ** tokens
-        return 2 * (tokens * (keep * (self.weights + self.scores * keys) + skipped) + any_executes * self.per_key * keys)
+        executed = tokens * keep * (self.weights + self.scores * keys)
+        skipped = tokens * (1.0 - keep) * self.key_value_weights if project else 0.0
+        expanded = self.per_key * keys * (1.0 - (1.0 - keep) ** tokens)  # if any token executes
+        return 2 * (executed + skipped + expanded)
 
     def stored(self, length: int) -> int:
         """Elements in the cache after `length` tokens."""
@@ -85,7 +86,7 @@ class SublayerCost:
 def sublayer_costs(model: PreTrainedModel) -> list[dict[str, SublayerCost]]:
     """`"attention"` and `"mlp"` of every decoder layer, in order; routers and skip paths are not in them."""
     spec, config = spec_for(model), model.config.get_text_config(decoder=True)
-    cache = DynamicCache(config=config).layers  # knows each layer's window
+    cache: list[Any] = DynamicCache(config=config).layers  # knows each layer's window
     costs = []
     for index, layer in enumerate(decoder_layers(model)):
         attention, held = getattr(layer, spec.attention), cache[index]

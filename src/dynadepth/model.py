@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +92,9 @@ def routing_of(model: nn.Module) -> Routing:
     """The model's routing; UnsupportedModelError where nothing is attached."""
     base = unwrapped(model)
     if not isinstance(base, RoutedModel):
-        raise UnsupportedModelError(f"{type(base).__name__} has no routers: call dynadepth.attach(model, config) first.")
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no routers: call dynadepth.attach(model, config) first."
+        )
     return base.depth_routing
 
 
@@ -153,6 +156,15 @@ def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_
     if outside:
         raise ConfigError(
             f"layers {outside} do not exist: {type(base).__name__} has {n_layers} layers, 0 to {n_layers - 1}."
+        )
+    if config.kv_policy == "drop" and (granularity.sticky or not target.keeps_kv):
+        reason = (
+            f"{target.name} keeps no keys and values" if not target.keeps_kv else "skipped sequences store none anyway"
+        )
+        warnings.warn(
+            f"kv_policy='drop' has no effect at {granularity.name} granularity for target {target.name!r}: {reason}.",
+            UserWarning,
+            stacklevel=3,
         )
     stack = decoder_layers(base, spec)
     for index in chosen:
@@ -248,8 +260,14 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
     routing = routing_of(model)
     name = routing.target.name
     if set(budgets) != {name}:
-        raise BudgetError(f"This model's routed target is {name!r}: set_budget(model, {name}=...), not {sorted(budgets)}.")
+        raise BudgetError(
+            f"This model's routed target is {name!r}: set_budget(model, {name}=...), not {sorted(budgets)}."
+        )
     budget = check_budget(budgets[name], routing)
+    if any(router.constant is not None for router in routing.routers().values()):
+        raise BudgetError(
+            f"A {routing.config.name} route is what it is: attach one with another skip instead of setting a budget."
+        )
     keep = routing.keep_of(budget)
     if keep >= 1:
         threshold = float("-inf")
@@ -294,7 +312,9 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "provenance": routing.provenance,
     }
     tensors = {
-        f"{site}.{name}": tensor for site, router in routing.routers().items() for name, tensor in router.state_dict().items()
+        f"{site}.{name}": tensor
+        for site, router in routing.routers().items()
+        for name, tensor in router.state_dict().items()
     }
     return adapter.write(Path(directory), data, tensors)
 
@@ -316,11 +336,13 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
             state = {name: tensors.pop(f"{site}.{name}") for name in router.state_dict()}
             router.load_state_dict(state)
         if tensors:
-            raise AdapterError(f"{directory} holds tensors of unknown sites: {sorted(tensors)}.")
-    except (KeyError, RuntimeError, AdapterError) as error:
+            raise AdapterError(f"tensors of unknown sites {sorted(tensors)}")
+        if data.get("calibration") is not None:
+            routing.calibration = Calibration.from_dict(data["calibration"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         detach(model)
-        raise AdapterError(f"{directory} does not fit its own configuration: {error}. Save the routers again.") from error
-    if data.get("calibration") is not None:
-        routing.calibration = Calibration.from_dict(data["calibration"])
+        raise AdapterError(
+            f"{directory} does not fit its own configuration ({error}): save the routers again."
+        ) from error
     routing.budget, routing.provenance = data.get("budget"), data.get("provenance", {})
     return model

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from benchmark.tiny import SPECIAL, ids, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import dynadepth
+from benchmark.tiny import SPECIAL, ids, tiny
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.benchmark import bare_twin, pruned_twin
@@ -100,7 +100,7 @@ def test_twin_equals_the_routed_model_under_the_same_route(name, target):
     model = dynadepth.attach(tiny(name), MindSkipConfig(target=target, layers=(0, 1, 2, 3)))
     skipped = [Site(0, target), Site(3, target)]
     twin = pruned_twin(model, skipped)
-    with torch.no_grad(), dynadepth.fixed_routes(model, {site: False for site in skipped}):
+    with torch.no_grad(), dynadepth.fixed_routes(model, dict.fromkeys(skipped, False)):
         expected = model(ids(2, 12)).logits
         expected_tokens, expected_scores = generated(model)
     with torch.no_grad():

@@ -44,7 +44,8 @@ CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float32 model of a family of `SPECIAL`, in eval mode, with 4 layers."""
     config_class: Callable[..., Any] = getattr(transformers, CONFIGS.get(name, f"{name}Config"))
-    values = {k: v for k, v in {**SIZES, **SPECIAL[name], **overrides}.items() if v is not None or k == "sliding_window"}
+    given = {**SIZES, **SPECIAL[name], **overrides}
+    values = {key: value for key, value in given.items() if value is not None or key == "sliding_window"}
     config = config_class(**values)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

@@ -7,9 +7,10 @@ import torch
 import dynadepth
 
 from .matrix import MATRIX, TOKENS, Cell, assert_same, decisions, in_chunks, inputs, over
-from .models import HEADS, LAYERS, WIDTH, tiny
+from .models import LAYERS, WIDTH, tiny
 from .oracle import reference
 
+CHUNKS = (7, 3, 1, 1)
 EAGER = [(name, cell) for name, cell in MATRIX if tiny(name).config._attn_implementation == "eager"]
 
 
@@ -34,23 +35,27 @@ def test_hidden_states(name: str, cell: Cell) -> None:
 def test_attentions(name: str, cell: Cell) -> None:
     model, batch, given = tiny(name), inputs(), decisions(cell)
     real = batch["attention_mask"].bool()
+    shapes = [
+        [weights.shape for weights in out.attentions] for out in in_chunks(model, batch, CHUNKS, output_attentions=True)
+    ]
     wanted = reference(model, cell, given, batch, output_attentions=True).attentions
     assert len(wanted) == LAYERS
     cell.attach(model)
     with torch.no_grad(), dynadepth.fixed_routes(model, given):
         sparse = model(**batch, output_attentions=True).attentions
-    assert len(sparse) == LAYERS
-    for one, other in zip(sparse, wanted, strict=True):
-        assert one.shape == other.shape
-        assert_same(one.transpose(1, 2), other.transpose(1, 2), real)  # [B, T, heads, K]
+        masked = model.train()(**batch, output_attentions=True).attentions
+    model.eval()
+    for found in (sparse, masked):
+        assert len(found) == LAYERS
+        for one, other in zip(found, wanted, strict=True):
+            assert_same(one.transpose(1, 2), other.transpose(1, 2), real)  # [B, T, heads, K]
 
     start = 0
-    for out in in_chunks(model, batch, (7, 3, 1, 1), given, output_attentions=True):
-        assert len(out.attentions) == LAYERS
+    for out, shape in zip(in_chunks(model, batch, CHUNKS, given, output_attentions=True), shapes, strict=True):
+        assert [weights.shape for weights in out.attentions] == shape
         stop = start + out.logits.shape[1]
         for one, other in zip(out.attentions, wanted, strict=True):
             keys = one.shape[3]
-            assert one.shape == (len(real), HEADS, stop - start, keys)
             part = other[:, :, start:stop, stop - keys : stop]  # a sliding layer shows its last keys
             assert_same(one.transpose(1, 2), part.transpose(1, 2), real[:, start:stop])
         start = stop
@@ -58,10 +63,10 @@ def test_attentions(name: str, cell: Cell) -> None:
 
 @over([pair for pair in EAGER if pair[1].target != "mlp"])
 def test_attentions_where_nothing_executes(name: str, cell: Cell) -> None:
-    model, batch = cell.attach(tiny(name)), inputs()
+    model, batch = tiny(name), inputs()
+    dense = in_chunks(model, batch, CHUNKS, output_attentions=True)
+    cell.attach(model)
     nothing = {site: torch.zeros_like(execute) for site, execute in decisions(cell).items()}
-    for out in in_chunks(model, batch, (8, 4), nothing, output_attentions=True):
-        assert len(out.attentions) == LAYERS
-        for weights in out.attentions:
-            assert weights.shape[:3] == (*out.logits.shape[:1], HEADS, out.logits.shape[1])
-            assert not weights.any()
+    for out, bare in zip(in_chunks(model, batch, CHUNKS, nothing, output_attentions=True), dense, strict=True):
+        assert [weights.shape for weights in out.attentions] == [weights.shape for weights in bare.attentions]
+        assert not any(weights.any() for weights in out.attentions)

@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example as with_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods import MindSkipConfig
@@ -96,6 +105,35 @@ def test_the_batch_never_matters(model: LlamaForCausalLM, tokenizer: PreTrainedT
     assert self_examples(model, tokenizer, **{**options, "batch_size": 5}) == whole
 
 
+def absolute_positions() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_rows_that_leave_the_batch_take_nothing_with_them(model: LlamaForCausalLM, absolute: bool) -> None:
+    chosen = absolute_positions() if absolute else model
+    prompts = [[6 + (5 * i + k) % 58 for k in range(1 + 7 * i % 12)] for i in range(12)]
+    draws = torch.rand(12, 10, generator=torch.Generator().manual_seed(0))
+    ends = set(range(0, len(WORDS), 6))  # rows leave at many steps
+    together = sample(chosen, prompts, draws, 1.0, ends, 0)
+    assert len({len(ids) for ids in together}) > 4
+    assert together == [
+        sample(chosen, [ids], draw[None], 1.0, ends, 0)[0] for ids, draw in zip(prompts, draws, strict=True)
+    ]
+
+
 def test_seed_and_nothing_else(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(1)
     first = self_examples(model, tokenizer, seed=3, **SETTINGS)
@@ -124,6 +162,7 @@ def test_sampling_follows_the_distribution(model: LlamaForCausalLM) -> None:
 
 
 @settings(deadline=None, max_examples=100)
+@with_example([-8, 3], 0.0)
 @given(st.lists(st.integers(-8, 8), min_size=2, max_size=40), st.floats(0, 1, exclude_max=True, width=32))
 def test_draw_inverts_the_distribution(weights: list[int], uniform: float) -> None:
     logits = torch.tensor([[float("-inf") if w == -8 else float(w) for w in weights] + [0.0]])

@@ -75,7 +75,9 @@ def observe(model: PreTrainedModel, watched: list[nn.Module]) -> Bare:
     try:
         last, cache = ask(model)
     except Exception as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be probed: its forward raised {error!r}.") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be probed: its forward raised {error!r}."
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -145,9 +147,7 @@ def kv_projector(
     model: PreTrainedModel, spec: ArchitectureSpec, bare: Bare, layer_index: int, attention: nn.Module, is_block: bool
 ) -> KVProjector:
     """The projector of one site, proved equal to what its attention stored in the bare run; refused otherwise."""
-    refusal = (
-        f"{type(model).__name__} cannot keep keys and values of skipped tokens at layer {layer_index} (kv_policy='project')"
-    )
+    refusal = f"{type(model).__name__} cannot keep keys and values of skipped tokens at layer {layer_index} (kv_policy='project')"
     way_out = "use kv_policy='drop', or granularity='sequence'"
     if spec.projector is None:
         raise UnsupportedModelError(f"{refusal}: {spec.note}; {way_out}.")
@@ -160,11 +160,13 @@ def kv_projector(
         hidden = args[0] if args else kwargs["hidden_states"]
         keys, values = projector(hidden, kwargs.get("position_embeddings"))
         length = stored.keys.shape[2]  # a sliding layer keeps its last positions
-        same = torch.allclose(keys[:, :, -length:].float(), stored.keys.float(), atol=1e-3, rtol=1e-3) and torch.allclose(
-            values[:, :, -length:].float(), stored.values.float(), atol=1e-3, rtol=1e-3
-        )
+        same = torch.allclose(
+            keys[:, :, -length:].float(), stored.keys.float(), atol=1e-3, rtol=1e-3
+        ) and torch.allclose(values[:, :, -length:].float(), stored.values.float(), atol=1e-3, rtol=1e-3)
     except (AttributeError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UnsupportedModelError(f"{refusal}: {error!r}; {way_out}.") from error
     if not same:
-        raise UnsupportedModelError(f"{refusal}: the declared projection differs from what the module stores; {way_out}.")
+        raise UnsupportedModelError(
+            f"{refusal}: the declared projection differs from what the module stores; {way_out}."
+        )
     return projector

@@ -1,10 +1,10 @@
 """Latency cells: dense, routed and pruned time of prefill and decode, for each batch size and context.
 
 All of a cell's models run interleaved in one go (`timing.measure`) on one batch of real prompts and share their
-weights. *Dense* is the bare model, without any dynadepth module. *Routed* is the given model with its routers deciding.
+weights. *Dense* is the bare model, without any dynadepth module. *Routed* is the given model, its routers deciding.
 *Pruned* is the twin without the sublayers that the route skipped. *Execute-all* is the routed model with every
-threshold at minus infinity: routers run, the cache is in use, nothing is skipped; what it takes beyond dense is the price
-of routing itself.
+threshold at minus infinity: routers run, the cache is in use, nothing is skipped; what it takes beyond dense is the
+price of routing itself.
 
 A single pruned twin exists only where all rows of a batch took one route at sequence granularity; elsewhere `pruned_s`
 and `skip_efficiency` are null, and the ideal is *nominal*: the time of dense less what the twin without every sublayer
@@ -14,6 +14,7 @@ that any unit skipped saves, scaled by the FLOPs that the route saves over those
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
 from dynadepth.cost import flops, flops_share
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.model import is_attached, routing_of
+from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
 from dynadepth.routing.recorder import recording
 
@@ -46,8 +48,8 @@ def run(
 ) -> list[Cell]:
     """One cell a variant, batch, context and phase (`prefill`, `decode`; `generate` for `execute_all`).
 
-    `prompts_ids`: int64 `[at least the largest batch, at least the largest context + new_tokens]`, as `cut_prompts` makes
-    them. A model without routers gets cells of the variant `dense` alone. `progress` is told what runs, in words.
+    `prompts_ids`: int64 `[at least the largest batch, at least the largest context + new_tokens]`, as `cut_prompts`
+    makes them. A model without routers gets cells of the variant `dense` alone. `progress` is told what runs, in words.
     Raises `DataError` for too few or too short prompts and `ConfigError` for values that make no cell.
 
     Times are medians in seconds of the `unit` for the whole batch; `spread` is the largest interquartile range over
@@ -101,10 +103,12 @@ def _grid_point(
         progress=tell,
     )
     tell("memory")
-    peaks = {name: peak_bytes(lambda m=m: _prefill_and_steps(m, work), work.ids_BT.device) for name, m in models.items()}
+    device = work.ids_BT.device
+    peaks = {name: peak_bytes(partial(_prefill_and_steps, one, work), device) for name, one in models.items()}
 
     cells = []
-    for name in [n for n in ("routed", "execute_all") if n in models] or ["dense"]:
+    timed: list[str] = [name for name in ("routed", "execute_all") if name in models]
+    for name in timed or ["dense"]:
         phases = ("prefill", "decode", "generate") if name == "execute_all" else ("prefill", "decode")
         for phase in phases:
             cell = _cell(model, work, name, phase, samples)
@@ -117,7 +121,7 @@ def _grid_point(
 
 
 def execute_all_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The routed model with every router's threshold at minus infinity, on shared weights; the given one stays as it is."""
+    """The routed model with every router's threshold at minus infinity, on shared weights; the given one stays."""
     copy = shared_copy(model).eval()
     for router in routing_of(copy).routers().values():
         router.threshold = torch.full_like(router.threshold, float("-inf"))
@@ -127,14 +131,17 @@ def execute_all_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _observe(model: PreTrainedModel, work: Work) -> dict[str, dict[Site, list[float]]]:
-    """Share executed per phase, site and row: real decisions on these prompts (of rows 0 or 1 at sequence granularity)."""
+    """Shares executed per phase and site: real decisions on these prompts.
+
+    One a row, 0 or 1, where routes are sticky; else one alone, the mean over rows and tokens.
+    """
     shares: dict[str, dict[Site, list[float]]] = {}
     with torch.no_grad(), recording() as record:
         cache = work.prefill(model)
         for index in range(work.new_tokens):
             work.step(model, cache, index)
     for phase in ("prefill", "decode"):
-        if routing_of(model).config.granularity == "sequence":
+        if isinstance(cache, RoutedCache) and cache.routes:  # sticky
             shares[phase] = {site: [float(on) for on in rows] for site, rows in cache.routes.items()}
         else:
             shares[phase] = {site: [share] for site, share in record.site_keep(phase).items()}
@@ -149,11 +156,11 @@ def _prefill_and_steps(model: PreTrainedModel, work: Work, steps: int = 4) -> No
 
 
 def _cell(model: PreTrainedModel, work: Work, name: str, phase: str, samples: Mapping[str, Samples]) -> Cell:
-    times = {n: getattr(samples[n], phase) for n in ("dense", name)}
-    middle = {n: median(values) for n, values in times.items()}
+    times: dict[str, list[float]] = {n: getattr(samples[n], phase) for n in ("dense", name)}
     spreads = {n: spread(values) for n, values in times.items()}
     after = "prefill" if phase == "prefill" else "decode"
-    routed_s = None if name == "dense" else middle[name]
+    dense_s = median(times["dense"])
+    routed_s = None if name == "dense" else median(times[name])
     return {
         "variant": name,
         "granularity": routing_of(model).config.granularity if is_attached(model) else None,
@@ -162,16 +169,16 @@ def _cell(model: PreTrainedModel, work: Work, name: str, phase: str, samples: Ma
         "context": work.context,
         "phase": phase,
         "unit": UNITS[phase],
-        "dense_s": middle["dense"],
+        "dense_s": dense_s,
         "routed_s": routed_s,
         "pruned_s": None,
-        "spread": max((s for s in spreads.values() if s is not None), default=None),
-        "speedup": middle["dense"] / routed_s if routed_s else None,
+        "spread": _largest(spreads),
+        "speedup": dense_s / routed_s if routed_s else None,
         "skip_efficiency": None,
         "kv_bytes_dense": samples["dense"].kv_bytes[after],
         "kv_bytes_routed": None if name == "dense" else samples[name].kv_bytes[after],
         "new_tokens": work.new_tokens,
-        "overhead": routed_s / middle["dense"] - 1.0 if routed_s else None,
+        "overhead": routed_s / dense_s - 1.0 if routed_s else None,
         "keep_ratio": 1.0 if name == "execute_all" else None,
         "nominal_s": None,
         "nominal_efficiency": None,
@@ -193,21 +200,23 @@ def _add_ideal(
     pruned = getattr(samples["pruned"], phase)
     pruned_s, dense_s, routed_s = median(pruned), cell["dense_s"], cell["routed_s"]
     keep = {site: sum(shares) / len(shares) for site, shares in kept.items()}
-    cell["keep_ratio"] = sum(keep.values()) / len(keep) if keep else None
-    if pruned_s is None:
-        return
+    cell["keep_ratio"] = sum(keep.values()) / len(keep)
     saving = dense_s - pruned_s
     single = all(share == float(site not in absent) for site, share in keep.items())
     if single:
         cell["pruned_s"], cell["nominal_s"] = pruned_s, pruned_s
         cell["spreads"]["pruned"] = spread(pruned)
-        cell["spread"] = max(s for s in cell["spreads"].values() if s is not None) if cell["spread"] is not None else None
+        cell["spread"] = _largest(cell["spreads"])
     else:
         cell["nominal_s"] = dense_s - saving * _share_saved(model, work, phase, keep, absent)
     ideal = dense_s - cell["nominal_s"]
     efficiency = (dense_s - routed_s) / ideal if ideal > 0 else None
     cell["nominal_efficiency"] = efficiency
     cell["skip_efficiency"] = efficiency if single else None
+
+
+def _largest(spreads: Mapping[str, float | None]) -> float | None:
+    return max((value for value in spreads.values() if value is not None), default=None)
 
 
 def _share_saved(

@@ -6,6 +6,7 @@ import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -37,7 +38,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values in an ordinary cache; of views, only the elements they show."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    layers: list[Any] = cache.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -33,9 +33,10 @@ from dynadepth.routing.decision import Site
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with modules and configuration of its own on the same weights: parameters and buffers share storage.
 
-    Tied weights stay tied. The copy's parameters want no gradients; those of `model` are untouched.
+    Tied weights stay tied. Parameters are objects of their own that want gradients where the given ones do: without,
+    PyTorch multiplies sliced states by a slower kernel, and a dense model is to be timed as it was loaded.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     memo.update({id(b): b.detach() for b in model.buffers()})
     return copy.deepcopy(model, memo)
 
@@ -147,7 +148,7 @@ def _set_layer_index(layer: nn.Module, spec: ArchitectureSpec, index: int) -> No
     """Points an attention at its place in the cache: `layer_idx` wherever the layer or its attention keeps it."""
     for module in (layer, *getattr(layer, spec.attention).modules()):
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx = index  # type: ignore[assignment]
+            module.layer_idx = index
 
 
 def _resize_configs(twin: PreTrainedModel, n_layers: int, layer_types: list[str] | None) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ class Work:
     def generate(self, model: PreTrainedModel) -> None:
         """`generate()` of `new_tokens` tokens from the context, greedy, never stopping early."""
         ids, n = self.ids_BT[:, : self.context], self.new_tokens
-        pad = model.generation_config.pad_token_id
-        out = model.generate(
+        generator: Any = model  # generation is mixed into the classes that have a head
+        pad = generator.generation_config.pad_token_id
+        out = generator.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=n,
@@ -97,15 +99,14 @@ def measure(
             steps = work.new_tokens if round_ >= 0 else min(work.new_tokens, 2)
             caches: dict[str, Cache] = {}
             for name in _rotated(models, round_):
-                seconds, caches[name] = _timed(lambda name=name: work.prefill(models[name]), device)
+                seconds, caches[name] = _timed(partial(work.prefill, models[name]), device)
                 if round_ >= 0:
                     samples[name].prefill.append(seconds)
                 check_length(models[name], caches[name], work.context)
                 samples[name].kv_bytes["prefill"] = held_bytes(caches[name])
             for index in range(steps):
                 for name in _rotated(models, index):
-                    call = lambda name=name: work.step(models[name], caches[name], index)  # noqa: B023, E731
-                    seconds, _ = _timed(call, device)
+                    seconds, _ = _timed(partial(work.step, models[name], caches[name], index), device)
                     if round_ >= 0:
                         samples[name].decode.append(seconds)
             for name, cache in caches.items():
@@ -113,7 +114,7 @@ def measure(
                 samples[name].kv_bytes["decode"] = held_bytes(cache)
             caches.clear()
             for name in _rotated(generate, round_):
-                seconds, _ = _timed(lambda name=name: work.generate(models[name]), device)
+                seconds, _ = _timed(partial(work.generate, models[name]), device)
                 if round_ >= 0:
                     samples[name].generate.append(seconds)
     return samples
@@ -124,7 +125,7 @@ def check_length(model: PreTrainedModel, cache: Cache, length: int) -> None:
     if isinstance(cache, RoutedCache):
         assert cache.seen == length, f"the cache saw {cache.seen} tokens, not {length}"
         return
-    filled = [layer for layer in cache.layers if layer.keys is not None]
+    filled: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     assert len(filled) in (len(decoder_layers(model)), 0), "a layer of the cache was left empty"
     for layer in filled:
         window = layer.sliding_window if getattr(layer, "is_sliding", False) else length + 1
@@ -137,9 +138,9 @@ def held_bytes(cache: Cache) -> int:
     return cache.kv_bytes() if isinstance(cache, RoutedCache) else cache_bytes(cache)
 
 
-def median(values: Sequence[float]) -> float | None:
-    """The median, or None of nothing."""
-    return statistics.median(values) if values else None
+def median(values: Sequence[float]) -> float:
+    """The median of at least one value."""
+    return statistics.median(values)
 
 
 def spread(values: Sequence[float]) -> float | None:

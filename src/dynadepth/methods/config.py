@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,14 @@ from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.target import target_named
 
 KV_POLICIES = ("project", "drop")
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """The value of a setting that lists layers, sorted; ConfigError unless it is distinct whole numbers."""
+    numbers = tuple(value) if isinstance(value, Iterable) else (None,)
+    if any(type(i) is not int for i in numbers) or len(set(numbers)) != len(numbers):
+        raise ConfigError(f"{name} must be distinct whole numbers, not {value!r}.")
+    return tuple(sorted(numbers))
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,10 @@ class DepthConfig(ABC):
         if self.kv_policy not in KV_POLICIES:
             raise ConfigError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}.")
         if self.layers is not None and self.layers != "all":
-            layers = tuple(self.layers)
-            if not layers or len(set(layers)) != len(layers) or any(type(i) is not int for i in layers):
-                raise ConfigError(f"layers must be distinct whole numbers, at least one, not {list(layers)!r}.")
-            object.__setattr__(self, "layers", tuple(sorted(layers)))
+            layers = whole_numbers("layers", self.layers)
+            if not layers:
+                raise ConfigError("layers must name at least one layer; None stands for the method's default.")
+            object.__setattr__(self, "layers", layers)
 
     def default_layers(self, n_layers: int) -> tuple[int, ...]:
         """Layers routed where `layers` is None."""

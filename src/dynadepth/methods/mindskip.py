@@ -7,6 +7,7 @@ taken per sequence and the ReLU before averaging sequences, so that gradient acc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +34,10 @@ class MindSkipConfig(DepthConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.capacity <= 1:
-            raise ConfigError(f"capacity must be above 0 and at most 1, not {self.capacity}.")
-        if self.penalty < 0:
-            raise ConfigError(f"penalty must not be negative, not {self.penalty}.")
+        if not isinstance(self.capacity, float | int) or not 0 < self.capacity <= 1:
+            raise ConfigError(f"capacity must be above 0 and at most 1, not {self.capacity!r}.")
+        if not isinstance(self.penalty, float | int) or not 0 <= self.penalty < math.inf:
+            raise ConfigError(f"penalty must be a number, zero or more, not {self.penalty!r}.")
 
     def default_layers(self, n_layers: int) -> tuple[int, ...]:
         """The deepest 16 but the last; in shallower models, the deeper half but the last (released code, 32 layers)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynadepth.errors import ConfigError
-from dynadepth.methods.config import DepthConfig
+from dynadepth.methods.config import DepthConfig, whole_numbers
 from dynadepth.routing.decision import Site
 from dynadepth.routing.router import AbstractRouter, ConstantRouter
 
@@ -21,7 +21,7 @@ class StaticConfig(DepthConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "skip", tuple(sorted(self.skip)))
+        object.__setattr__(self, "skip", whole_numbers("skip", self.skip))
         if isinstance(self.layers, tuple) and not set(self.skip) <= set(self.layers):
             missing = sorted(set(self.skip) - set(self.layers))
             raise ConfigError(f"skip names layers {missing} that are not among the routed layers {list(self.layers)}.")

@@ -102,7 +102,9 @@ class RoutedCache(DynamicCache):
 
     # ---- storing
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         layer, context = self.layers[layer_idx], current()
         if context is None or context.cache is not self:
             self.refuse("only the routed model that it belongs to can continue it")
@@ -219,7 +221,9 @@ class RoutedCache(DynamicCache):
         total = self.reserved_bytes()
         for layer in self.layers:
             if isinstance(layer, SparseLayer) and layer.positions is not None and layer.positions.numel():
-                bytes_ = layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
+                bytes_ = (
+                    layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
+                )
                 total -= bytes_ - bytes_ * layer.stored(self.seen) // layer.positions.numel()
         return total
 

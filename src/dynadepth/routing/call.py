@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dynadepth.errors import ConfigError
+
 CACHE_NAMES = ("past_key_values", "layer_past")
 
 
@@ -44,6 +46,11 @@ class SublayerCall:
     def rows(self, index: Tensor) -> SublayerCall:
         """The same call for the batch rows `index` (int64 `[n]`)."""
         batch = self.hidden.shape[0]
+        if not isinstance(self.attention_mask, Tensor | None):
+            raise ConfigError(
+                f"Rows of one batch that take different routes need attention masks that can be split, not a "
+                f"{type(self.attention_mask).__name__}: load the model with attn_implementation='sdpa' or 'eager'."
+            )
 
         def change(name: str, value: Tensor) -> Tensor:
             return value.index_select(0, index) if value.dim() > 1 and value.shape[0] == batch else value

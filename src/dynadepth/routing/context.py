@@ -28,9 +28,9 @@ class ForwardContext:
     """One forward of one routed model: B rows, T new tokens.
 
     `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may see.
-    `injected`: decisions given from outside; sites not named execute.
+    `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from outside; sites not named execute.
     `masked`: run every unit and select (training); else run the executing units alone. `attention_fixes[layer]` rebuilds
-    the full-batch attention weights of a routed block from those its inner attention recorded (None: it did not run).
+    the full-batch attention weights of a routed block from those its inner attention recorded, or is them (it did not run).
     """
 
     owner: Any
@@ -41,9 +41,10 @@ class ForwardContext:
     grad: bool
     token_mask: Tensor | None = None
     pool_mask: Tensor | None = None
+    padding_unknown: bool = False
     output_attentions: bool = False
     injected: Mapping[Site, Injection] | None = None
-    attention_fixes: dict[int, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
+    attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
 
     def given(self, site: Site) -> Injection | None:
         """The decision injected for a site, None where its router decides."""

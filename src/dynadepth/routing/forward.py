@@ -99,13 +99,17 @@ class RoutedModel:
         if not any(p.requires_grad for router in routing.routers().values() for p in router.parameters()):
             super().enable_input_require_grads()  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
         """Saves the base model alone, exactly as it would be saved unrouted; `dynadepth.save` saves the routers."""
         state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
         state = {name: tensor for name, tensor in state.items() if ".depth_router." not in name}
         return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
         function = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
         super()._set_gradient_checkpointing(  # type: ignore[misc]
             enable=enable, gradient_checkpointing_func=carrying_context(function), **kwargs
@@ -163,6 +167,7 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         grad=masked and torch.is_grad_enabled(),
         token_mask=token_mask,
         pool_mask=pool_mask,
+        padding_unknown=mask is not None and token_mask is None and prompt_mask is None,
         output_attentions=bool(getattr(text_config, "output_attentions", False) if attentions is None else attentions),
         injected=injections(routing),
     )
@@ -235,14 +240,11 @@ def _row_weights(trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
 def _whole_attentions(context: ForwardContext, recorded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One full-batch entry a layer, though a routed block runs its attention for some rows or tokens or not at all."""
     entries = iter(recorded)
-    whole: list[Tensor | None] = []
+    whole = []
     for layer in range(context.trace.n_layers):
         fix = context.attention_fixes.get(layer, _same)
-        whole.append(None if fix is None else fix(next(entries)))
-    example = next((entry for entry in whole if entry is not None), None)
-    if example is None:
-        return ()
-    return tuple(example.new_zeros(example.shape) if entry is None else entry for entry in whole)
+        whole.append(fix if isinstance(fix, Tensor) else fix(next(entries)))
+    return tuple(whole)
 
 
 def _same(weights: Tensor) -> Tensor:

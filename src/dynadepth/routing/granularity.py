@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from dynadepth.errors import ConfigError
 from dynadepth.routing.call import SublayerCall
 from dynadepth.routing.context import ForwardContext, Injection
 from dynadepth.routing.decision import RoutingDecision
@@ -46,6 +47,11 @@ class Granularity(ABC):
         if known is not None:
             decision = RoutingDecision(self.expand(known, hidden))
         else:
+            if context.masked and context.grad and not torch.is_grad_enabled():
+                raise ConfigError(
+                    "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: enable it "
+                    "with gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
             decision = state.router.decide(self.pool(hidden, context), with_gate=context.masked and context.grad)
         context.trace.record(state.site, decision)
         return decision
@@ -73,6 +79,11 @@ class PerSequence(Granularity):
     def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Mean over the prompt's tokens, `[B, D]`, accumulated in float32."""
         mask = context.pool_mask
+        if context.padding_unknown:
+            raise ConfigError(
+                "A sequence-level route must not pool padding, and this attention mask does not say which tokens are padding: "
+                "pass one of shape [batch, tokens], or the tokens to pool as prompt_mask."
+            )
         if mask is None:
             return hidden.sum(1, dtype=torch.float32) / hidden.shape[1]
         total = (hidden * mask.unsqueeze(-1)).sum(1, dtype=torch.float32)

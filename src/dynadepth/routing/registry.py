@@ -36,5 +36,7 @@ def named_subclass(base: type[T], name: str, package: str) -> type[T]:
     known = {child.name: child for child in subclasses(base) if "name" in vars(child)}  # type: ignore[attr-defined]
     if name not in known:
         kind = base.__name__.lower()
-        raise ConfigError(f"Unknown {kind} {name!r}; known: {', '.join(sorted(known))}.{did_you_mean(str(name), known)}")
+        raise ConfigError(
+            f"Unknown {kind} {name!r}; known: {', '.join(sorted(known))}.{did_you_mean(str(name), known)}"
+        )
     return known[name]

@@ -74,11 +74,16 @@ class SublayerState:
         if self.wants_weights(context):
             weights = self.zero_weights(hidden, context)
             if self.target.name == "block":
-                context.attention_fixes[self.site.layer] = None
+                context.attention_fixes[self.site.layer] = weights
         return self.wrap(self.target.skipped(hidden, self.skip_path(hidden)), weights)
 
     def select(
-        self, call: SublayerCall, result: Any, decision: RoutingDecision, shape: tuple[int, ...], context: ForwardContext
+        self,
+        call: SublayerCall,
+        result: Any,
+        decision: RoutingDecision,
+        shape: tuple[int, ...],
+        context: ForwardContext,
     ) -> Any:
         """The masked path: the module's output where the gate is 1, the skip path's where it is 0."""
         hidden, output = call.hidden, self.hidden_of(result)
@@ -88,16 +93,24 @@ class SublayerState:
         else:
             gate = decision.gate.view(shape).to(output.dtype)
             mixed = gate * output + (1 - gate) * skipped
+        if self.wants_weights(context):
+            result = self._masked_weights(result, decision.execute, context)
         if self.extras is None:
             return mixed
         return (mixed, *result[1:])
 
+    def _masked_weights(self, result: Any, execute: Tensor, context: ForwardContext) -> Any:
+        """Zeros for what skipped, as on the sparse path."""
+        keep = execute[:, None, None, None] if execute.dim() == 1 else execute[:, None, :, None]
+        if self.target.name == "block":
+            context.attention_fixes[self.site.layer] = lambda weights: weights * keep
+            return result
+        return (result[0], result[1] * keep, *result[2:])
+
     # ---- attention weights: one full-batch entry a layer, zeros where it was skipped
 
     def wants_weights(self, context: ForwardContext) -> bool:
-        return (
-            context.output_attentions and self.target.keeps_kv and self.config._attn_implementation == "eager"
-        )
+        return context.output_attentions and self.target.keeps_kv and self.config._attn_implementation == "eager"
 
     def key_length(self, tokens: int, context: ForwardContext) -> int:
         return tokens if context.cache is None else context.cache.get_mask_sizes(tokens, self.site.layer)[0]

@@ -75,7 +75,9 @@ def hide_skipped(call: SublayerCall, execute: Tensor, state: SublayerState) -> S
 class TokenKV:
     """Stands in for the cache in a call for some tokens: takes their keys and values, and returns all that they may see."""
 
-    def __init__(self, state: SublayerState, context: ForwardContext, rows: Tensor, index: Tensor, shape: torch.Size) -> None:
+    def __init__(
+        self, state: SublayerState, context: ForwardContext, rows: Tensor, index: Tensor, shape: torch.Size
+    ) -> None:
         self.state, self.context, self.rows, self.index = state, context, rows, index
         self.batch, self.length = shape[0], shape[1]
         self.store = sparse_layer(state, context)
@@ -152,7 +154,11 @@ def run_tokens(
         positions = torch.full((batch, longest), -1, dtype=torch.long, device=device)
         positions[rows] = torch.where(valid, query, -1)
         kv.new_positions = positions
-        stored = positions if kv.store is None or kv.store.positions is None else torch.cat([kv.store.positions, positions], 1)
+        stored = (
+            positions
+            if kv.store is None or kv.store.positions is None
+            else torch.cat([kv.store.positions, positions], 1)
+        )
         key_positions = stored[rows]
     else:
         key_positions = torch.arange(context.past + length, device=device).unsqueeze(0)

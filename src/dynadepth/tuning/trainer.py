@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynadepth import budget as budgets
 from dynadepth.errors import ConfigError, TuningError
-from dynadepth.model import attach, check_budget, disabled, is_attached, routing_of, save, set_budget, unwrapped
+from dynadepth.model import attach, check_budget, detach, disabled, is_attached, routing_of, save, set_budget, unwrapped
 from dynadepth.routing.decision import KeepRatio
 from dynadepth.routing.recorder import recording
 from dynadepth.tuning.data import Collator, Example, pad_token_id
@@ -50,11 +50,11 @@ class TuneResult:
 
 
 class RouterTrainer(Trainer):
-    """A Trainer whose checkpoints hold routers, that pins the keep ratio if asked, and stops at the first bad loss."""
+    """A Trainer whose checkpoints hold routers, and that stops at the first bad loss."""
 
-    def __init__(self, *args: Any, recipe: Recipe, keep: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recipe, self.keep = recipe, keep
+        self.recipe = recipe
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # ask for the number of label tokens of the whole step
         self.losses: list[float] = []
@@ -69,8 +69,7 @@ class RouterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss, outputs = OBJECTIVES[self.recipe.objective](self.model, inputs, num_items_in_batch)
-        if self.recipe.controller == "quantile":
-            self._follow_quantile(outputs.depth_trace)
+        self.note_keep(outputs.depth_trace)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -85,26 +84,11 @@ class RouterTrainer(Trainer):
         self.losses.append(loss.item())
         return loss
 
-    def _follow_quantile(self, trace: Any) -> None:
-        """Moves the common threshold half-way to where this batch would keep the requested share.
-
-        Half-way each step, because executing more always lowers the loss: the logits drift upwards together, and a threshold
-        that followed slowly would let the keep ratio drift with them.
-        """
-        logits = torch.cat([v.detach().flatten() for v in self._units(trace)])
-        self.keeps.append(float((logits >= self._threshold()).float().mean()))
-        goal = torch.quantile(logits, 1 - self.keep)
-        for router in routing_of(self.model).routers().values():
-            router.threshold.lerp_(goal.to(router.threshold), 0.5)
-
-    def _threshold(self) -> Tensor:
-        return next(iter(routing_of(self.model).routers().values())).threshold
-
-    @staticmethod
-    def _units(trace: Any) -> list[Tensor]:
-        if trace.token_mask is None:
-            return list(trace.logits.values())
-        return [v if v.dim() == 1 else v[trace.token_mask] for v in trace.logits.values()]
+    def note_keep(self, trace: Any) -> None:
+        """Remembers the hard keep ratio of a training batch."""
+        executed = [d.execute[trace.token_mask] if d.execute.dim() == 2 and trace.token_mask is not None else d.execute
+                    for d in trace.decisions.values()]  # fmt: skip
+        self.keeps.append(float(torch.cat([e.flatten() for e in executed]).float().mean()))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -125,6 +109,40 @@ class RouterTrainer(Trainer):
         tensors = adapter.read(Path(resume_from_checkpoint))[1]
         for site, router in routing_of(self.model).routers().items():
             router.load_state_dict({name: tensors[f"{site}.{name}"] for name in router.state_dict()})
+
+
+class QuantileController(TrainerCallback):
+    """Pins the hard keep ratio: after every step the common threshold is the quantile of what the routers would now answer.
+
+    Executing more always lowers the loss, so the logits drift upwards together. The threshold is therefore computed from the
+    *new* parameters on the step's inputs, not from its logits, which lag one step behind; nothing else is remembered, so that a
+    resumed run goes on exactly.
+    """
+
+    UNITS = 512
+    """Inputs kept per site and step."""
+
+    def __init__(self, model: nn.Module, keep: float) -> None:
+        self.routers, self.keep = list(routing_of(model).routers().values()), keep
+        self.inputs: dict[nn.Module, list[Tensor]] = {router: [] for router in self.routers}
+        self.hooks = [router.register_forward_pre_hook(self._keep_input) for router in self.routers]
+
+    def _keep_input(self, router: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if router.training:
+            units = args[0].detach().flatten(0, -2)
+            self.inputs[router].append(units[:: max(1, len(units) // self.UNITS)])
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logits = torch.cat([router(torch.cat(self.inputs[router])) for router in self.routers])
+        goal = torch.quantile(logits, 1 - self.keep)
+        for router in self.routers:
+            router.threshold.copy_(goal)
+            self.inputs[router].clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 class _Report(TrainerCallback):
@@ -184,26 +202,24 @@ def tune(
         raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
     heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
 
-    config = recipe.config(target=target, granularity=granularity, kv_policy=kv_policy)
-    attach(model, config)
-    routing = routing_of(model)
-    budget = check_budget(recipe.budget if budget is None else budget, routing)
-    keep = min(1.0, max(routing.keep_of(budget), 1e-6))
-    if hasattr(config, "capacity"):  # the training-time constraint that the budget asks for
-        routing.config = config = recipe.config(
-            target=target, granularity=granularity, kv_policy=kv_policy, capacity=keep
-        )
-    routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
-
-    pad = pad_token_id(tokenizer)
-    prompts = [e.input_ids[: e.prompt_length or Collator(pad).prefix_length(e.input_ids)] for e in heldout]
-    held_batches = budgets.prompts_to_batches(prompts, pad)
-    scores = budgets.importance(model, held_batches, routing.target.name)
-    scores = {site: score for site, score in scores.items() if site in routing.states}
-    torch.manual_seed(seed)
-    _initialise(model, recipe, scores, keep)
+    overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
+    attach(model, recipe.config(**overrides))
+    try:
+        budget, keep = _state_budget(model, recipe, budget, overrides)
+        routing = routing_of(model)
+        routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
+        pad = pad_token_id(tokenizer)
+        collator = Collator(pad, seed=seed)
+        prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
+        held_batches = budgets.prompts_to_batches(prompts, pad)
+        scores = budgets.importance(model, held_batches, routing.target.name)
+        scores = {site: score for site, score in scores.items() if site in routing.states}
+        torch.manual_seed(seed)
+        _initialise(model, recipe, scores, keep)
+    except BaseException:
+        detach(model)
+        raise
     start = _snapshot(model)
-    collator = Collator(pad, seed=seed)
     keep_before, kl_before = evaluate(model, heldout, collator)
 
     trainer = _trainer(model, training, collator, recipe, out, keep, seed, progress)
@@ -243,6 +259,19 @@ def tune(
     routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
     save(model, out)
     return result
+
+
+def _state_budget(
+    model: nn.Module, recipe: Recipe, budget: float | None, overrides: dict[str, Any]
+) -> tuple[float, float]:
+    """The budget and the keep ratio it asks of the routed sites, which becomes the training-time capacity of methods that
+    have one."""
+    routing = routing_of(model)
+    budget = check_budget(recipe.budget if budget is None else budget, routing)
+    keep = min(1.0, max(routing.keep_of(budget), 1e-6))
+    if hasattr(routing.config, "capacity"):
+        routing.config = recipe.config(**overrides, capacity=keep)
+    return budget, keep
 
 
 def _initialise(model: nn.Module, recipe: Recipe, scores: dict[Any, float], keep: float) -> None:
@@ -323,14 +352,14 @@ def _trainer(
         average_tokens_across_devices=False,
     )
     report = _Report(progress)
+    controllers = [QuantileController(model, keep)] if recipe.controller == "quantile" else []
     trainer = RouterTrainer(
         model=model,
         args=args,
         train_dataset=training,  # type: ignore[arg-type]
         data_collator=collator,
-        callbacks=[report],
+        callbacks=[*controllers, report],
         recipe=recipe,
-        keep=keep,
     )
     report.trainer = trainer
     trainer.remove_callback(_printer())

@@ -1,0 +1,172 @@
+"""What the verbs write: the JSON of the contract, and tables on a clean stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from saved_model import N_LAYERS
+
+PROVENANCE = {"dynadepth", "commit", "python", "torch", "transformers", "hardware", "seed", "dtype", "model", "command"}
+CELL = set(
+    "variant granularity dtype batch context phase unit dense_s routed_s pruned_s spread speedup skip_efficiency "
+    "kv_bytes_dense kv_bytes_routed".split()
+)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("why is the sky blue and what is a class " * 250, encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def task_data(tmp_path: Path) -> Path:
+    rows = [{"query": f"what is {n}", "choices": ["blue", "sky", "the", "a"], "gold": n % 4} for n in range(6)]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name in ("alpha", "beta"):
+        lines = "\n".join(json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines + "\n", encoding="utf-8")
+    return folder
+
+
+def test_help_lists_every_verb_and_needs_no_torch():
+    code = "import sys, dynadepth.cli; sys.argv = ['dynadepth', '--help']\ntry: dynadepth.cli.main()\nfinally: assert 'torch' not in sys.modules"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in ("demo", "tune", "eval", "generate", "bench", "info"))
+    assert seconds < 10  # it takes 0.3 s on an idle machine; what matters is that torch stays out
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("tune", "--out --data --recipe --method --budget --target --granularity --kv-policy --max-samples --seed"),
+        ("eval", "--routers --budget --tasks --task-data --limit --perplexity --compare-dense --json"),
+        ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --json"),
+        ("bench", "--routers --budget --batch --context --new-tokens --json"),
+        ("demo", "--out --seed"),
+    ],
+)
+def test_every_option_of_the_contract_exists(run, verb, options):
+    listed = run(verb, "--help").stdout
+    assert [option for option in options.split() if option not in listed] == []
+
+
+def test_eval_json(answered, model_folder, routers_folder, text_file, task_data):
+    document, result = answered(
+        "eval", model_folder, "--routers", routers_folder, "--budget", "0.75", "--tasks", "alpha,beta",
+        "--task-data", task_data, "--limit", 4, "--perplexity", text_file, "--compare-dense",
+    )  # fmt: skip
+    assert set(document) == {
+        "tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share", "provenance",
+    }  # fmt: skip
+    for part in (document, document["dense"]):
+        assert set(part["tasks"]) == {"alpha", "beta"}
+        assert set(part["tasks"]["alpha"]) >= {"metric", "acc", "acc_norm", "perplexity", "stderr", "n"}
+        assert part["tasks"]["alpha"]["n"] == 4
+        assert set(part["perplexity"]) == {str(text_file)}
+        assert set(part["perplexity"][str(text_file)]) == {"ppl", "nll", "n_tokens"}
+        assert 0 <= part["average"] <= 1
+    assert set(document["dense"]) == {"tasks", "average", "perplexity"}
+    assert set(document["keep_ratio"]) == {"routed", "all"}
+    assert document["kl"] >= 0 and 0 <= document["agreement"] <= 1
+    assert set(document["provenance"]) >= PROVENANCE
+    assert document["provenance"]["model"]["fingerprint"]
+    assert document["provenance"]["routers"]["budget"] == 0.75
+    assert "alpha" in result.stdout and "perplexity" in result.stdout and "KL" in result.stdout
+    assert "loading" in result.stderr and "loading" not in result.stdout
+
+
+def test_eval_of_a_dense_model_has_nulls(answered, model_folder, text_file):
+    document, _ = answered("eval", model_folder, "--perplexity", text_file)
+    for key in ("average", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share"):
+        assert document[key] is None
+    assert document["tasks"] == {}
+    assert document["provenance"]["routers"] is None
+
+
+def test_generate_json(answered, model_folder, routers_folder):
+    document, result = answered(
+        "generate", model_folder, "--routers", routers_folder, "--prompt", "why is the sky blue", "--prompt", "who are you",
+        "--max-new-tokens", 5, "--show-route",
+    )  # fmt: skip
+    assert set(document) == {"outputs", "provenance"}
+    assert [output["prompt"] for output in document["outputs"]] == ["why is the sky blue", "who are you"]
+    for output in document["outputs"]:
+        assert set(output) == {"prompt", "text", "tokens", "route", "keep_ratio"}
+        assert 1 <= len(output["tokens"]) <= 5
+        assert set(output["route"]) == {f"{layer}.attention" for layer in range(N_LAYERS)}
+        assert set(output["route"].values()) <= {0.0, 1.0}
+        share = sum(output["route"].values()) / N_LAYERS
+        assert output["keep_ratio"] == {"routed": share, "all": share}
+        strip = "".join("■" if output["route"][f"{layer}.attention"] else "□" for layer in range(N_LAYERS))
+        assert strip in result.stdout
+    assert "executed" in result.stdout  # the legend
+
+
+def test_several_prompts_give_what_each_gives_alone(answered, model_folder, routers_folder):
+    prompts = ["why is the sky blue", "who", "give me three of the blue object class and a function"]
+    options = ["--routers", routers_folder, "--max-new-tokens", 6]
+    together, _ = answered("generate", model_folder, *options, *(w for p in prompts for w in ("--prompt", p)))
+    for prompt, output in zip(prompts, together["outputs"], strict=True):
+        alone, _ = answered("generate", model_folder, *options, "--prompt", prompt)
+        assert alone["outputs"][0] == output
+
+
+def test_generate_dense_from_a_file(answered, model_folder, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("why is the sky\n\n  \nwho are you\n", encoding="utf-8")
+    document, result = answered("generate", model_folder, "--prompts", file, "--max-new-tokens", 2, "--show-route")
+    assert [output["prompt"] for output in document["outputs"]] == ["why is the sky", "who are you"]
+    assert all(output["route"] is None and output["keep_ratio"] is None for output in document["outputs"])
+    assert "dense" in result.stdout
+
+
+def test_bench_json(answered, model_folder, routers_folder):
+    document, result = answered(
+        "bench", model_folder, "--routers", routers_folder, "--batch", "1,2", "--context", "8", "--new-tokens", 2,
+        "--repeats", 1,
+    )  # fmt: skip
+    assert set(document) == {"cells", "provenance"}
+    assert all(set(cell) >= CELL for cell in document["cells"])
+    routed = [cell for cell in document["cells"] if cell["variant"] == "routed"]
+    assert {(cell["batch"], cell["phase"]) for cell in routed} == {(b, p) for b in (1, 2) for p in ("prefill", "decode")}
+    assert "routed" in result.stdout
+
+
+def test_info_of_a_model(run, model_folder):
+    result = run("info", model_folder)
+    assert result.exit_code == 0
+    assert "LlamaForCausalLM" in result.stdout and f"{N_LAYERS} sites" in result.stdout
+
+
+def test_info_of_routers(run, routers_folder):
+    result = run("info", routers_folder)
+    assert result.exit_code == 0
+    for part in ("mindskip", "4 of 4: layers 0-3", "router parameters", "50.0 %", "calibrated budgets", "16 prompts"):
+        assert part in result.stdout
+
+
+def test_tune_saves_routers_and_names_the_next_command(run, model_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"why is the {word}", "completion": " the sky is blue"} for word in "sky class object function".split() * 4]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = tmp_path / "routers"
+    result = run("tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 12, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
+    assert saved["provenance"]["seed"] == 3
+    assert saved["provenance"]["run"]["model"]["fingerprint"] == saved["base_model"]["fingerprint"]
+    assert f"dynadepth generate {model_folder} --routers {out}" in " ".join(result.stdout.split())
+    assert "KL" in result.stdout
+    again = run("info", out)
+    assert again.exit_code == 0 and "default" in again.stdout

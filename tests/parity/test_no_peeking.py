@@ -1,0 +1,33 @@
+"""Semantic 4: a router never sees what it must not. Changing token t + 1 changes no logits at or before t."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .matrix import MATRIX, TOKENS, Cell, inputs, over, routed
+from .models import VOCABULARY
+
+PROMPT = 6
+MODELS_HERE = ("llama", "gemma3", "gpt_neox", "mixtral", "gpt_oss")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["masked", "sparse"])
+@over([pair for pair in MATRIX if pair[0] in MODELS_HERE])
+def test_the_future_changes_nothing(name: str, cell: Cell, training: bool) -> None:
+    batch = inputs()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = ids.masked_fill(torch.arange(TOKENS) < PROMPT, -100)  # the answer begins at PROMPT
+    model = routed(name, cell, batch, labels=labels).train(training)
+    first = PROMPT if cell.sticky else int((mask == 0).sum(1).max()) + 1
+    with torch.no_grad():
+        before = model(**batch, labels=labels)
+        for changed in range(first, TOKENS):
+            other = ids.clone()
+            other[:, changed:] = (other[:, changed:] + 11) % (VOCABULARY - 1) + 1
+            after = model(input_ids=other, attention_mask=mask, labels=labels)
+            real = mask[:, :changed].bool()
+            assert torch.equal(after.logits[:, :changed][real], before.logits[:, :changed][real])
+            assert not torch.equal(after.logits[:, changed], before.logits[:, changed])
+            if cell.sticky:
+                assert all(torch.equal(after.depth_logits[site], before.depth_logits[site]) for site in cell.sites)

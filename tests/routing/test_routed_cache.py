@@ -1,0 +1,310 @@
+"""`RoutedCache` as a set of logical rows: random reorderings, selections, repetitions and crops against a slow reference.
+
+The reference keeps, for each logical row, its tokens and the route that its prompt got when it was prefilled alone; what a row
+must answer next is a fresh forward of those tokens under that route, without any cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import ALL, FAMILIES, KINDS, LAYERS, VOCABULARY, WINDOW, ids, mixed, ragged, routed
+from torch import Tensor
+from transformers import DynamicCache
+
+from dynadepth import Site, disabled, fixed_routes, routing_of
+from dynadepth.errors import UnsupportedCacheError
+from dynadepth.routing.cache import RoutedCache
+from dynadepth.routing.sparse_layer import SparseLayer
+
+KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+SITE_BYTES = 2 * 1 * 8 * 4  # keys and values, one head of 8 float32
+
+
+@dataclass(frozen=True)
+class Row:
+    padding: int
+    tokens: tuple[int, ...]
+    route: tuple[bool, ...]
+
+
+class Rows:
+    """Logical rows beside the cache under test."""
+
+    def __init__(self, model: Any, lengths: list[int], cache: DynamicCache) -> None:
+        self.model, self.cache, self.sites = model, cache, routing_of(model).sites
+        self.sticky = routing_of(model).granularity.sticky
+        batch = ragged(lengths)
+        self.rows = []
+        for tokens, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            routes = model(input_ids=tokens[None, mask]).past_key_values.routes
+            route = tuple(routes[site][0] for site in self.sites) if self.sticky else ()
+            self.rows.append(Row(int((~mask).sum()), tuple(tokens[mask].tolist()), route))
+        self.check(batch["input_ids"])
+
+    def check(self, new: Tensor) -> None:
+        """Runs new tokens `[rows, t]`, already part of the rows, and compares every row's last logits."""
+        longest = len(self.rows[0].tokens) + self.rows[0].padding
+        mask = torch.tensor([[0] * row.padding + [1] * len(row.tokens) for row in self.rows])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, longest - new.shape[1] :]
+        found = self.model(input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=self.cache)
+        assert self.cache.get_seq_length() == longest
+        if self.sticky:
+            assert [list(route) for route in zip(*(row.route for row in self.rows), strict=True)] == [
+                self.cache.routes[site] for site in self.sites
+            ]
+        answers = {row: self.answer(row) for row in set(self.rows)}
+        wanted = torch.stack([answers[row] for row in self.rows])
+        torch.testing.assert_close(found.logits[:, -1], wanted, atol=2e-4, rtol=2e-4)
+
+    def answer(self, row: Row) -> Tensor:
+        tokens = torch.tensor([row.tokens])
+        if not self.sticky:
+            return self.model(input_ids=tokens, use_cache=False).logits[0, -1]
+        with fixed_routes(self.model, dict(zip(self.sites, row.route, strict=True))):
+            return self.model(input_ids=tokens, use_cache=False).logits[0, -1]
+
+    def step(self, seed: int) -> None:
+        new = ids(len(self.rows), 1 + seed % 2, seed)
+        extended = zip(self.rows, new.tolist(), strict=True)
+        self.rows = [Row(row.padding, row.tokens + tuple(more), row.route) for row, more in extended]
+        self.check(new)
+
+    # ---- the operations under test
+
+    def reorder(self, seed: int) -> None:
+        order = torch.randint(len(self.rows), (len(self.rows),), generator=torch.Generator().manual_seed(seed))
+        self.cache.reorder_cache(order)
+        self.rows = [self.rows[i] for i in order]
+
+    def select(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randint(len(self.rows), (1 + seed % 4,), generator=generator)
+        self.cache.batch_select_indices(order)
+        self.rows = [self.rows[i] for i in order]
+
+    def mask(self, seed: int) -> None:
+        keep = torch.rand(len(self.rows), generator=torch.Generator().manual_seed(seed)) < 0.6
+        keep[seed % len(self.rows)] = True
+        self.cache.batch_select_indices(keep)
+        self.rows = [row for row, kept in zip(self.rows, keep, strict=True) if kept]
+
+    def repeat(self, seed: int) -> None:
+        if len(self.rows) < 5:
+            self.cache.batch_repeat_interleave(2)
+            self.rows = [row for row in self.rows for _ in range(2)]
+
+    def crop(self, seed: int) -> None:
+        count = min(1 + seed % 5, min(len(row.tokens) for row in self.rows) - 1)
+        self.cache.crop(-count)
+        if count:
+            self.rows = [Row(row.padding, row.tokens[:-count], row.route) for row in self.rows]
+
+    def copied(self, seed: int) -> None:
+        self.cache = copy.deepcopy(self.cache)
+
+
+OPERATIONS = st.sampled_from(["reorder", "select", "mask", "repeat", "crop", "copied", "step"])
+
+
+@FAMILY
+@KIND
+def test_rows_survive_whatever_is_done_to_the_cache(family: str, granularity: str, kv_policy: str) -> None:
+    model = routed(family, granularity=granularity, kv_policy=kv_policy).requires_grad_(False)
+
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @given(
+        st.lists(st.integers(1, 6), min_size=1, max_size=4),
+        st.lists(st.tuples(OPERATIONS, st.integers(0, 99)), min_size=1, max_size=5),
+    )
+    def check(lengths: list[int], operations: list[tuple[str, int]]) -> None:
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        rows = Rows(model, lengths, cache)
+        for name, seed in operations:
+            getattr(rows, name)(seed)
+            if name != "step":
+                rows.step(seed)
+
+    check()
+
+
+@KIND
+def test_a_uniform_batch_is_reordered_too(granularity: str, kv_policy: str) -> None:
+    # All rows on one route: no layer holds some of the rows, and the order stays on the device.
+    model = routed(granularity=granularity, kv_policy=kv_policy)
+    prompt, order, new = ids(3, 5), torch.tensor([2, 0, 0]), ids(3, 1, seed=1)
+    with fixed_routes(model, {Site(2, "attention"): False}):
+        cache = model(input_ids=prompt).past_key_values
+        cache.reorder_cache(order)
+        found = model(input_ids=new, past_key_values=cache).logits[:, -1]
+        wanted = model(input_ids=torch.cat([prompt[order], new], 1)).logits[:, -1]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_layer_left_without_keys_follow() -> None:
+    # Every executed token is cropped away, then the rows are repeated: a layer without slots must still know its rows.
+    model, prompt = routed(granularity="token", kv_policy="drop"), ids(2, 4)
+    only_last = torch.tensor([[False, False, False, True]]).expand(2, -1)
+    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, only_last)):
+        cache = model(input_ids=prompt).past_key_values
+    cache.crop(-1)
+    assert cache.kv_bytes() == 0
+    cache.batch_repeat_interleave(2)
+    new = ids(4, 1, seed=1)
+    with fixed_routes(model, {}):
+        found = model(input_ids=new, past_key_values=cache).logits[:, -1]
+    whole = torch.cat([prompt.repeat_interleave(2, 0)[:, :3], new], 1)
+    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, only_last.repeat(2, 1))):
+        wanted = model(input_ids=whole).logits[:, -1]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@KIND
+def test_deepcopies_go_separate_ways(granularity: str, kv_policy: str) -> None:
+    model = routed(granularity=granularity, kv_policy=kv_policy)
+    cache = model(**ragged([5, 2])).past_key_values
+    twin, seen, routes = copy.deepcopy(cache), cache.seen, {s: list(r) for s, r in cache.routes.items()}
+    model(input_ids=ids(2, 3), past_key_values=twin)
+    twin.batch_select_indices(torch.tensor([1]))
+    assert (cache.seen, cache.routes) == (seen, routes)
+    assert twin.seen == seen + 3
+    one = model(input_ids=ids(2, 1, seed=5), past_key_values=cache).logits
+    assert one.shape[0] == 2
+
+
+# ---- bytes
+
+
+@FAMILY
+def test_kv_bytes_are_those_of_executed_rows(family: str) -> None:
+    model, tokens = routed(family), 7
+    with fixed_routes(model, mixed(3)):
+        cache = model(input_ids=ids(3, tokens)).past_key_values
+    held = [min(tokens, WINDOW - 1) if family == "gemma3" and layer % 2 == 0 else tokens for layer in ALL]
+    executed = [sum(mixed(3)[Site(layer, "attention")].tolist()) for layer in ALL]
+    assert cache.kv_bytes() == cache.reserved_bytes() == SITE_BYTES * sum(h * n for h, n in zip(held, executed, strict=True))
+    assert 0 < sum(executed) < 3 * LAYERS
+
+
+@FAMILY
+def test_kv_bytes_under_drop_are_those_of_executed_tokens_within_the_window(family: str) -> None:
+    model = routed(family, granularity="token", kv_policy="drop")
+    execute = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    given_ = dict.fromkeys(routing_of(model).sites, execute)
+    with fixed_routes(model, given_):
+        cache = model(input_ids=ids(3, 20)).past_key_values
+    full, window = int(execute.sum()), int(execute[:, 20 - WINDOW + 1 :].sum())
+    sites = (window + full + window + full) if family == "gemma3" else LAYERS * full
+    assert cache.kv_bytes() == SITE_BYTES * sites <= cache.reserved_bytes()
+
+
+def test_sliding_layers_under_drop_do_not_grow_for_ever() -> None:
+    model, new = routed("gemma3", granularity="token", kv_policy="drop"), ids(2, 30)
+    cache = DynamicCache(config=model.config)
+    for step in range(30):
+        found = model(input_ids=new[:, step : step + 1], past_key_values=cache).logits[:, -1]
+    assert isinstance(cache.layers[0], SparseLayer)
+    assert cache.layers[0].keys.shape[2] <= 2 * WINDOW + 1
+    torch.testing.assert_close(found, model(input_ids=new).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+# ---- adoption, clearing, and who may fill it
+
+
+@KIND
+def test_cropped_to_nothing_it_decides_anew(granularity: str, kv_policy: str) -> None:
+    model = routed(granularity=granularity, kv_policy=kv_policy)
+    cache = model(**ragged([5, 2])).past_key_values
+    cache.crop(-5)
+    assert (cache.seen, cache.routes, cache.kv_bytes()) == (0, {}, 0)
+    batch = {"input_ids": ids(3, 4, seed=3)}
+    again, fresh = model(**batch, past_key_values=cache), model(**batch)
+    assert again.past_key_values is cache
+    assert torch.equal(again.logits, fresh.logits)
+    assert cache.routes == fresh.past_key_values.routes
+
+
+@FAMILY
+@KIND
+def test_a_dense_forward_may_fill_an_emptied_cache(family: str, granularity: str, kv_policy: str) -> None:
+    model, prompt = routed(family, granularity=granularity, kv_policy=kv_policy), ids(2, 6)
+    cache = model(input_ids=prompt).past_key_values
+    cache.reset()
+    with disabled(model):
+        steps = [model(input_ids=prompt[:, i : i + 2], past_key_values=cache).logits for i in (0, 2, 4)]
+        dense = model(input_ids=prompt).logits
+    assert type(cache) is DynamicCache
+    torch.testing.assert_close(torch.cat(steps, 1), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_flags_of_the_callers_cache_survive() -> None:
+    model, cache = routed("gemma3"), DynamicCache(config=routed("gemma3").config, offloading=True)
+    cache.activate_past_recording()
+    stream = cache.prefetch_stream
+    adopted = RoutedCache.adopt(cache, LAYERS, routing_of(model).layout)
+    assert adopted is cache
+    assert cache.offloading
+    assert cache.prefetch_stream is stream
+    assert [getattr(layer, "record_past", None) for layer in cache.layers] == [True, None, True, None]
+
+
+def test_offloaded_layers_come_back_although_the_layer_before_was_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a GPU nothing moves; what is seen is that the layer is asked to come back before its keys are extended.
+    class Stream:
+        wait_stream = __enter__ = lambda self, *_: None
+        __exit__ = __enter__
+
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: Stream())
+    model, prompt, fetched = routed(), ids(2, 4), []
+    cache = DynamicCache(config=model.config, offloading=True)
+    cache.prefetch_stream = Stream()
+    for index, layer in enumerate(cache.layers):
+        monkeypatch.setattr(layer, "prefetch", lambda index=index: fetched.append(index))
+    with fixed_routes(model, {Site(1, "attention"): False}):
+        first = model(input_ids=prompt, past_key_values=cache)
+        fetched.clear()
+        model(input_ids=ids(2, 1), past_key_values=cache)
+    assert torch.isfinite(first.logits).all()
+    assert 2 in fetched
+
+
+def test_a_crop_that_a_window_cannot_undo_is_refused_and_changes_nothing() -> None:
+    model, prompt = routed("gemma3"), ids(1, 7)
+    with fixed_routes(model, {}):
+        cache = model(input_ids=prompt).past_key_values
+        before = [layer.keys.clone() for layer in cache.layers]
+        with pytest.raises(UnsupportedCacheError, match="activate_past_recording"):
+            cache.crop(-2)
+    assert cache.seen == 7
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+
+
+def test_rows_that_join_late_can_be_cropped_across_their_window() -> None:
+    # Chunked prefill: the row's first real token comes after more padding than a window holds.
+    model, batch = routed("gemma3"), ragged([2], total=9)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with fixed_routes(model, {}):
+        for start in range(0, 9, 3):
+            part = {"input_ids": batch["input_ids"][:, start : start + 3], "position_ids": positions[:, start : start + 3]}
+            model(**part, attention_mask=batch["attention_mask"][:, : start + 3], past_key_values=cache)
+        cache.crop(-1)
+        mask = batch["attention_mask"]
+        again = model(
+            input_ids=batch["input_ids"][:, 8:], attention_mask=mask, position_ids=positions[:, 8:], past_key_values=cache
+        )
+        wanted = model(input_ids=batch["input_ids"][:, 7:]).logits[:, -1]
+    torch.testing.assert_close(again.logits[:, -1], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_ids_are_in_the_vocabulary() -> None:
+    assert 0 < ids(9, 9).min() <= ids(9, 9).max() < VOCABULARY

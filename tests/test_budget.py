@@ -1,0 +1,184 @@
+"""Importance on the residual stream, static routes, and thresholds that meet their keep ratio on other prompts."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from dynadepth import MindSkipConfig, Site, attach, fixed_routes, recording, routing_of, set_budget
+from dynadepth.budget import (
+    calibrate,
+    forward,
+    importance,
+    prompts_to_batches,
+    quantile_threshold,
+    static_skip,
+)
+from dynadepth.errors import BudgetError
+from dynadepth.routing.calibration import Calibration, CalibrationPoint
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+def tiny(config=LlamaConfig, kind=LlamaForCausalLM, **extra):
+    torch.manual_seed(0)
+    model = kind(config(**SIZES, **extra)).eval()
+    with torch.no_grad():  # untrained sublayers add next to nothing: make them matter
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    return model
+
+
+def prompts(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 20, (n,), generator=generator).tolist()
+    return [torch.randint(1, 101, (length,), generator=generator).tolist() for length in lengths]
+
+
+def test_batches_hold_every_prompt_once_and_pad_on_the_right():
+    given_prompts = [*prompts(11, 0), []]
+    batches = prompts_to_batches(given_prompts, pad=0, batch_size=4)
+    rows = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert sorted(rows) == sorted(ids for ids in given_prompts if ids)
+    assert all((batch["attention_mask"].diff(dim=1) <= 0).all() for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "extra"),
+    [
+        (LlamaConfig, LlamaForCausalLM, {}),
+        (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window": 8}),
+        (GraniteConfig, GraniteForCausalLM, {"residual_multiplier": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+def test_importance_is_one_minus_cosine_of_the_stream_with_and_without(config, kind, extra, target):
+    """The reference skips the sublayer itself, so post-norms and residual scales are in it by construction."""
+    model = tiny(config, kind, **extra)
+    batch = prompts_to_batches(prompts(3, 1), pad=0)[0]
+    scores = importance(model, [batch], target)
+    assert list(scores) == [Site(layer, target) for layer in range(4)]
+
+    attach(model, MindSkipConfig(target=target, layers="all"))
+    mask = batch["attention_mask"].bool()
+    # the last layer's sublayers alone differ between these two runs, up to the final norm, which keeps no cosine: look
+    # at the stream in front of it
+    seen = {}
+    model.model.norm.register_forward_pre_hook(lambda module, args: seen.update(stream=args[0]))
+    forward(model, batch)
+    with_it = seen["stream"]
+    with fixed_routes(model, {Site(3, target): False}), torch.no_grad():
+        forward(model, batch)
+    without = seen["stream"]
+    if target == "attention":  # what follows it in the layer is not part of its score
+        assert scores[Site(3, target)] > 0
+        return
+    cosine = torch.nn.functional.cosine_similarity(without.float(), with_it.float(), dim=-1)
+    assert scores[Site(3, target)] == pytest.approx(float((1 - cosine)[mask].mean()), abs=1e-5)
+
+
+def test_importance_ignores_padding():
+    model = tiny()
+    ids = prompts(1, 2)[0]
+    alone = importance(model, prompts_to_batches([ids], pad=0), "attention")
+    padded = {
+        "input_ids": torch.tensor([ids + [5] * 7]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * 7]),
+    }
+    for site, score in importance(model, [padded], "attention").items():
+        assert score == pytest.approx(alone[site], abs=1e-6)
+
+
+def test_static_skip_takes_the_least_important():
+    scores = {Site(0, "mlp"): 0.9, Site(1, "mlp"): 0.1, Site(2, "mlp"): 0.5, Site(3, "mlp"): 0.2}
+    assert static_skip(scores, 0.5, 4) == (1, 3)
+    assert static_skip(scores, 1.0, 4) == ()
+    with pytest.raises(BudgetError, match="only 4 are scored"):
+        static_skip(scores, 0.5, 20)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=40, max_size=200, unique=True), st.floats(0.05, 0.95))
+def test_quantile_threshold_keeps_its_share(values, keep):
+    logits = torch.tensor(values, dtype=torch.float64)
+    kept = (logits >= quantile_threshold(logits, keep)).double().mean()
+    assert abs(float(kept) - keep) <= 1.5 / len(values) + 1 / 256
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_higher_keep_never_means_a_higher_threshold(a, b):
+    curve = tuple(x / 10 for x in range(-20, 21))
+    shifted = tuple(x + 0.3 for x in curve)
+    calibration = Calibration((CalibrationPoint(0.25, curve), CalibrationPoint(0.75, shifted)), 8)
+    low, high = sorted((a, b))
+    if not (low <= 0.25 <= high or low <= 0.75 <= high):  # between points the curves themselves move
+        if high < 0.25 or low > 0.75:
+            assert calibration.threshold(high) <= calibration.threshold(low)
+    assert calibration.threshold(1.0) == -torch.inf
+    assert calibration.threshold(0.0) == torch.inf
+    assert Calibration.from_dict(calibration.to_dict()) == calibration
+
+
+def randomised(granularity):
+    model = attach(tiny(), MindSkipConfig(granularity=granularity, layers="all", bias=True))
+    generator = torch.Generator().manual_seed(3)
+    for router in routing_of(model).routers().values():
+        with torch.no_grad():
+            router.weight.normal_(0, 0.5, generator=generator)
+            router.bias.normal_(0, 0.5, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "token"])
+def test_budgets_are_met_on_other_prompts(granularity):
+    """Semantic 9: requested budget and measured keep ratio differ by at most 0.02 on prompts that were not calibrated on."""
+    model = randomised(granularity)
+    before = [float(r.threshold) for r in routing_of(model).routers().values()]
+    calibrate(model, prompts_to_batches(prompts(3000, 4), pad=0, batch_size=256))
+    assert [float(r.threshold) for r in routing_of(model).routers().values()] == before
+    others = prompts_to_batches(prompts(3000, 5), pad=0, batch_size=256)
+    for budget in (0.3, 0.5, 0.62, 0.75, 0.9, 1.0):
+        set_budget(model, attention=budget)
+        with recording() as record, torch.no_grad():
+            for batch in others:
+                forward(model, batch)
+        assert record.keep_ratio("prefill").all == pytest.approx(budget, abs=0.02)
+
+
+def test_budget_counts_unrouted_sublayers():
+    model = attach(tiny(), MindSkipConfig(layers=(1, 2)))
+    routing = routing_of(model)
+    assert routing.lowest_budget() == 0.5
+    assert routing.keep_of(0.75) == 0.5
+    with pytest.raises(BudgetError, match=r"budget 0\.4 cannot be reached"):
+        set_budget(model, attention=0.4)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(BudgetError, match="above 0 and at most 1"):
+            set_budget(model, attention=wrong)
+    with pytest.raises(BudgetError, match="no calibration"):
+        set_budget(model, attention=0.75)
+    with pytest.raises(BudgetError, match="routed target is 'attention'"):
+        set_budget(model, mlp=0.75)
+    set_budget(model, attention=1.0)
+    assert all(float(r.threshold) == -torch.inf for r in routing.routers().values())

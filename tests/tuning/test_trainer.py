@@ -1,0 +1,206 @@
+"""Router-only tuning end to end on a tiny model: what moves, what must not, and what survives an interruption."""
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynadepth import is_attached, load, recording, routing_of, set_budget
+from dynadepth.errors import BudgetError, ConfigError, TuningError
+from dynadepth.tuning.data import Collator, Example
+from dynadepth.tuning.objectives import kl_loss, kl_sum
+from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.trainer import RouterTrainer, tune
+
+
+class Tokenizer:
+    pad_token_id = 0
+    eos_token_id = 1
+
+
+RECIPE = Recipe(
+    name="test",
+    source="test",
+    method={"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"},
+    objective="kl",
+    init="importance",
+    controller="quantile",
+    learning_rate=0.02,
+    bias_learning_rate=0.05,
+    batch_size=4,
+    epochs=2,
+    save_steps=2,
+    holdout=0.4,
+)
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    return model
+
+
+def examples(n=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(n):
+        length = int(torch.randint(8, 24, (1,), generator=generator))
+        made.append(Example(torch.randint(2, 64, (length,), generator=generator).tolist(), length // 2))
+    return made
+
+
+def fingerprint(model):
+    return {
+        name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
+        for name, p in model.named_parameters()
+        if "depth_router" not in name
+    }
+
+
+def test_tuning_moves_routers_and_nothing_else(tmp_path):
+    """Semantic 8: after tuning every backbone tensor is byte-identical; only routers have gradients and optimiser state."""
+    model = tiny()
+    before = fingerprint(model)
+    result = tune(model, Tokenizer(), examples(), RECIPE, out=tmp_path, budget=0.75)
+    assert fingerprint(model) == before
+    assert result.steps == 12
+    assert result.moved > 1e-3
+    assert result.n_trainable == 4 * 33
+    assert all("depth_router" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert result.keep_after is not None
+    assert result.keep_after.all == pytest.approx(0.75, abs=0.02 + 1 / 32)  # 16 held-out prompts of 4 sites
+    assert len(result.static_skip) == 1
+    assert {"routing_config.json", "routers.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_saved_routers_serve_other_budgets(tmp_path):
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path, budget=0.75)
+    model = load(tiny(), tmp_path).eval()
+    batch = Collator(0)(examples(60, seed=9))
+    kept = []
+    for budget in (0.4, 0.6, 0.9):
+        set_budget(model, attention=budget)
+        with recording() as record, torch.no_grad():
+            model(**batch)
+        kept.append(record.keep_ratio("prefill").all)
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
+
+
+def test_the_same_seed_gives_the_same_routers(tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / name)
+        runs.append((tmp_path / name / "routers.safetensors").read_bytes())
+    assert runs[0] == runs[1]
+
+
+def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch):
+    """The resumed run ends with the routers of the uninterrupted one."""
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / "whole")
+
+    step = RouterTrainer.training_step
+    calls = []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RouterTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / "cut")
+    usable = load(tiny(), tmp_path / "cut")
+    assert routing_of(usable).provenance["stopped"]["why"] == "interrupted"
+    calls.clear()
+    calls.extend([0] * 100)
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / "cut")
+    assert len(calls) == 100 + 12 - 4  # four steps were in the last checkpoint
+    whole, cut = (load(tiny(), tmp_path / name) for name in ("whole", "cut"))
+    for a, b in zip(routing_of(whole).routers().values(), routing_of(cut).routers().values(), strict=True):
+        torch.testing.assert_close(a.weight, b.weight)
+        torch.testing.assert_close(a.bias, b.bias)
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    other = dataclasses.replace(RECIPE, learning_rate=0.01)
+    assert len(tune(tiny(), Tokenizer(), examples(), other, out=tmp_path).losses) == 12
+
+
+def test_nan_stops_keeps_the_last_good_state_and_says_what_to_try(tmp_path, monkeypatch):
+    compute = RouterTrainer.compute_loss
+    calls = []
+
+    def poisoned(self, *args, **kwargs):
+        calls.append(1)
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if len(calls) == 4 else loss
+
+    monkeypatch.setattr(RouterTrainer, "compute_loss", poisoned)
+    with pytest.raises(TuningError, match=r"became nan at step 4.*lower learning_rate"):
+        tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    for router in routing_of(load(tiny(), tmp_path)).routers().values():
+        assert torch.isfinite(router.weight).all()
+        assert torch.isfinite(router.bias).all()
+
+
+@pytest.mark.parametrize("objective", ["kl", "ce"])
+def test_gradient_accumulation_gives_one_trajectory(tmp_path, objective):
+    """8 x 1 and 2 x 4 (batch x accumulation) end with the same routers, depth loss included."""
+    method = {"method": "mindskip", "bias": True, "penalty": 0.5, "layers": "all"}
+    base = dataclasses.replace(
+        RECIPE, objective=objective, controller="none", method=method, shuffle=False, calibrate=False, epochs=1
+    )
+    ends = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        recipe = dataclasses.replace(base, batch_size=batch, gradient_accumulation=accumulation)
+        model = tiny()
+        tune(model, Tokenizer(), examples(40), recipe, out=tmp_path / str(batch), budget=0.5)
+        ends.append(torch.cat([torch.cat([r.weight, r.bias[None]]) for r in routing_of(model).routers().values()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+
+
+def test_kl_is_that_of_the_definition():
+    teacher, student = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    torch.testing.assert_close(kl_sum(teacher, student), (p * (p / q).log()).sum())
+    assert float(kl_sum(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+
+
+def test_kl_loss_is_zero_where_everything_executes():
+    from dynadepth import MindSkipConfig, attach
+
+    model = attach(tiny(), MindSkipConfig(layers="all", penalty=0.0)).train()
+    loss, _ = kl_loss(model, Collator(0)(examples(4)), None)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_cannot_be_tuned_is_said(tmp_path):
+    with pytest.raises(TuningError, match="1 example leaves nothing"):
+        tune(tiny(), Tokenizer(), examples(1), RECIPE, out=tmp_path)
+    paper = dataclasses.replace(RECIPE, init="zeros", method={"method": "mindskip", "layers": (1,)})
+    with pytest.raises(BudgetError, match=r"budget 0\.5 cannot be reached"):
+        tune(tiny(), Tokenizer(), examples(), paper, out=tmp_path, budget=0.5)
+    model = tiny()
+    no_bias = dataclasses.replace(RECIPE, method={"method": "mindskip"})
+    with pytest.raises(ConfigError, match="routers with a bias"):
+        tune(model, Tokenizer(), examples(), no_bias, out=tmp_path, budget=0.9)
+    assert not is_attached(model)  # a run that never started leaves the model as it was
