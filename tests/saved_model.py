@@ -1,4 +1,4 @@
-"""A tiny random Llama with a word-level tokenizer, saved as a folder, and routers for it: what the command line is given."""
+"""A tiny random Llama with a word-level tokenizer, saved as a folder, and routers for it: what commands are given."""
 
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import dynadepth
 from dynadepth.budget import calibrate, prompts_to_batches
 
-WORDS = "the a of to and in is for it on why sky blue what who how are you give me three function Python object class".split()
+WORDS = [
+    "the", "a", "of", "to", "and", "in", "is", "for", "it", "on", "why", "sky", "blue", "what", "who", "how", "are",
+    "you", "give", "me", "three", "function", "Python", "object", "class",
+]  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 N_LAYERS = 4
 
@@ -51,7 +54,7 @@ def attach_routers(model: PreTrainedModel) -> PreTrainedModel:
         with torch.no_grad():
             router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
     prompts = torch.randint(4, 20, (16, 12), generator=generator).tolist()
-    calibrate(model, prompts_to_batches(prompts, 0))
+    calibrate(model, prompts_to_batches(prompts, 0, 16), keeps=(0.5, 0.75))
     dynadepth.set_budget(model, attention=0.5)
     return model
 

@@ -6,16 +6,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 import dynadepth
-from benchmark.tiny import SPECIAL, ids, tiny
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError
+from parity.models import FAMILIES, VOCABULARY, WIDTH, tiny
 
-WORK = [(0, 5), (0, 9), (3, 4), (9, 1), (12, 5)]  # (past, tokens), below and beyond the window of 6
+WORK = [(0, 5), (0, 9), (3, 4), (9, 1), (12, 5)]  # (past, tokens), below and beyond the window of 5
+
+
+def ids(batch: int, length: int) -> torch.Tensor:
+    """Token ids `[batch, length]`, none of them padding."""
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def countable(name: str) -> PreTrainedModel:
-    model = tiny(name, attn_implementation="eager")
+    model = tiny(name)
+    model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
     return model
 
@@ -46,7 +52,7 @@ def assert_costs_match(model: PreTrainedModel, past: int, tokens: int) -> None:
     assert total == counts["Global"]
 
 
-@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_formulas_equal_the_counter_and_the_cache(name):
     """Exactly, for each sublayer and for the whole model: nothing is counted twice or left out."""
     model = countable(name)
@@ -56,25 +62,12 @@ def test_formulas_equal_the_counter_and_the_cache(name):
 
 def test_latent_attention_and_shared_experts():
     """DeepSeek caches compressed states and expands all of them again in every forward."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 99}
-    heads = {
-        "kv_lora_rank": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 8,
-    }
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "moe_intermediate_size": 16}
+    depth = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 12, "v_head_dim": 6}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-    config = DeepseekV3Config(
-        **sizes,
-        **heads,
-        **experts,
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        v_head_dim=6,
-        q_lora_rank=12,
-        kv_lora_rank=8,
-    )
+    config = DeepseekV3Config(**sizes, **depth, **heads, **ranks, **experts)
     config._attn_implementation = "eager"
     model = DeepseekV3ForCausalLM(config).eval()
     model.set_experts_implementation("eager")
@@ -83,7 +76,7 @@ def test_latent_attention_and_shared_experts():
 
 
 def test_batches_cost_their_sequences():
-    model = countable("Llama")
+    model = countable("llama")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids(3, 7))
     one = sum(cost.flops(model, "block", i, 7) for i in range(4)) + cost.head_flops(model, 7)
@@ -93,15 +86,15 @@ def test_batches_cost_their_sequences():
 
 def test_unmerged_adapters_are_work_too():
     peft = pytest.importorskip("peft")
-    model = countable("Llama")
+    model = countable("llama")
     plain = cost.flops(model, "attention", 1, 5)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    assert cost.flops(model, "attention", 1, 5) == plain + 2 * 5 * (2 * 32 + 2 * 32)
+    assert cost.flops(model, "attention", 1, 5) == plain + 2 * 5 * (2 * WIDTH + 2 * WIDTH)
     assert_costs_match(model.eval(), 3, 5)
 
 
 def test_unknown_target_and_layer():
-    model = tiny("Llama")
+    model = tiny("llama")
     with pytest.raises(ConfigError, match="'attention'"):
         cost.flops(model, "attentoin", 0, 5)
     with pytest.raises(ConfigError, match="layer 4"):
@@ -120,7 +113,7 @@ def dense_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
 
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
-@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
 def test_share_at_sequence_granularity(name, target):
     """Injected routes run no router, so that the counter sees the sublayers alone."""
     model = routed(name, target=target)
@@ -138,9 +131,9 @@ def test_share_at_sequence_granularity(name, target):
 
 def test_routers_are_counted():
     """By hand: PyTorch's counter has no formula for a matrix times a vector, which is what a linear router is."""
-    by_token, by_sequence = routed("Llama", granularity="token"), routed("Llama")
-    assert cost.router_flops(by_token, 9) == cost.router_flops(by_token, 9, past=3) == 4 * 9 * 2 * 32
-    assert cost.router_flops(by_sequence, 9) == 4 * 2 * 32
+    by_token, by_sequence = routed("llama", granularity="token"), routed("llama")
+    assert cost.router_flops(by_token, 9) == cost.router_flops(by_token, 9, past=3) == 4 * 9 * 2 * WIDTH
+    assert cost.router_flops(by_sequence, 9) == 4 * 2 * WIDTH
     assert cost.router_flops(by_sequence, 1, past=9) == 0  # the route is kept
     with dynadepth.fixed_routes(by_sequence, {}):
         counts, _ = counted(by_sequence, 0, 9)
@@ -151,7 +144,7 @@ def test_routers_are_counted():
 @pytest.mark.parametrize("kept_tokens", [0, 4, 8])
 def test_share_at_token_granularity(policy, kept_tokens):
     """8 tokens, some of which execute: fewer queries, under `drop` fewer keys, under `project` all of them."""
-    model = routed("Llama", granularity="token", kv_policy=policy)
+    model = routed("llama", granularity="token", kv_policy=policy)
     execute = torch.arange(8).unsqueeze(0) < kept_tokens
     with dynadepth.fixed_routes(model, {Site(i, "attention"): execute for i in range(4)}):
         counts, cache = counted(model, 0, 8)
@@ -165,8 +158,8 @@ def test_share_at_token_granularity(policy, kept_tokens):
 
 def test_kv_share_weights_layers_by_what_they_store():
     """Beyond the window a sliding layer stores less, so that skipping it saves less."""
-    model = routed("Gemma3")
+    model = routed("gemma3")
     stored = [cost.kv_bytes(model, i, 20) for i in range(4)]
     assert stored[0] == stored[2] < stored[1] == stored[3]
     assert cost.kv_share(model, {Site(0, "attention"): 0.0}, 20) == pytest.approx(1 - stored[0] / sum(stored))
-    assert cost.kv_share(routed("Gemma3", target="mlp"), {Site(0, "mlp"): 0.0}, 20) == 1.0
+    assert cost.kv_share(routed("gemma3", target="mlp"), {Site(0, "mlp"): 0.0}, 20) == 1.0

@@ -46,6 +46,8 @@ class Routing:
     """The budget last set, of all sublayers of the target; None: the routers' own thresholds."""
     provenance: dict[str, Any] = field(default_factory=dict)
     trainable_before: tuple[str, ...] = ()
+    input_grads: bool = False
+    """Were gradients of the embeddings asked for (by gradient checkpointing)? They come back at `detach`."""
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -57,6 +59,11 @@ class Routing:
     def layout(self) -> tuple[Any, ...]:
         """What tells whether a cache filled under one routing can be continued under another."""
         return (self.sites, self.granularity.name, self.sparse_layers)
+
+    @property
+    def trainable(self) -> bool:
+        """Has any router a parameter to train?"""
+        return any(p.requires_grad for router in self.routers().values() for p in router.parameters())
 
     def routers(self) -> dict[Site, AbstractRouter]:
         """The router of each site."""
@@ -173,7 +180,8 @@ def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_
                 children = ", ".join(name for name, _ in stack[index].named_children())
                 raise UnsupportedModelError(
                     f"{type(base).__name__} cannot be routed at layer {index}: its {type(stack[index]).__name__} has no "
-                    f"{part!r} (it has {children}). Declare its parts in a new file of dynadepth/architectures."
+                    f"{part!r} (it has {children}). Only layers with attention and MLP can be routed: name such layers in `layers`, or "
+                    "declare parts of other names in a new file of dynadepth/architectures."
                 )
     sites = tuple(Site(index, target.name) for index in chosen)
     return Routing(config, spec, target, granularity, n_layers, sites)
@@ -191,6 +199,9 @@ def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], 
     for part in _entrances(base):
         part.depth_routing = routing  # type: ignore[assignment]
         swap_class(part, RoutedModel)
+    if routing.trainable and vars(base).get("_require_grads_hooks"):
+        base.disable_input_require_grads()
+        base.enable_input_require_grads()  # the routed model's own: see there
     for module in base.modules():
         if "_gradient_checkpointing_func" in vars(module):
             module._gradient_checkpointing_func = carrying_context(module._gradient_checkpointing_func)  # type: ignore
@@ -223,6 +234,8 @@ def detach(model: M) -> M:
         function = vars(module).get("_gradient_checkpointing_func")
         if function is not None:
             module._gradient_checkpointing_func = getattr(function, "__wrapped__", function)  # type: ignore[assignment]
+    if routing.input_grads:
+        base.enable_input_require_grads()
     return model
 
 

@@ -7,13 +7,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import dynadepth
-from benchmark.tiny import ids, tiny
 from dynadepth import MindSkipConfig, Site, StaticConfig, cost
 from dynadepth.benchmark import cut_prompts, pruned_twin, run
 from dynadepth.benchmark.latency import execute_all_copy
 from dynadepth.benchmark.memory import cache_bytes, peak_bytes
 from dynadepth.benchmark.timing import Work, check_length, measure, spread
 from dynadepth.errors import ConfigError, DataError
+from parity.models import VOCABULARY, tiny
 
 CONTRACT = {
     "variant", "granularity", "dtype", "batch", "context", "phase", "unit", "dense_s", "routed_s", "pruned_s", "spread",
@@ -21,7 +21,12 @@ CONTRACT = {
 }  # fmt: skip
 
 
-def routed(name: str = "Llama", skip: dict[int, bool] | None = None, **config) -> PreTrainedModel:
+def ids(batch: int, length: int) -> torch.Tensor:
+    """Token ids `[batch, length]`, none of them padding."""
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def routed(name: str = "llama", skip: dict[int, bool] | None = None, **config) -> PreTrainedModel:
     """A routed tiny model; `skip` sets routers to skip always or never, the others decide by their input."""
     model = dynadepth.attach(tiny(name), MindSkipConfig(layers=(0, 1, 2, 3), **config))
     for site, router in dynadepth.routing_of(model).routers().items():
@@ -42,7 +47,7 @@ def kv(model: PreTrainedModel, layers: list[int], length: int, batch: int = 1) -
     return sum(cost.kv_bytes(model, i, length, batch) for i in layers)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
 def test_cells_of_a_route_that_all_rows_share(name):
     model = routed(name, skip={0: True, 2: True})
     cells = cells_of(model, batch=2)
@@ -104,17 +109,17 @@ def test_execute_all_runs_every_site_and_leaves_the_model_alone():
         assert torch.equal(copy(ids(1, 9)).logits, model(ids(1, 9)).logits)
     assert record.keep_ratio().routed == 1.0
     assert [router.threshold.item() for router in dynadepth.routing_of(model).routers().values()] == before
-    static = execute_all_copy(dynadepth.attach(tiny("Llama"), StaticConfig(skip=(1,))))
+    static = execute_all_copy(dynadepth.attach(tiny("llama"), StaticConfig(skip=(1,))))
     with torch.no_grad(), dynadepth.recording() as record:
         static(ids(1, 9))
     assert record.keep_ratio().routed == 1.0
 
 
 def test_static_routes_and_models_without_routers():
-    static = dynadepth.attach(tiny("Llama"), StaticConfig(skip=(1, 2)))
+    static = dynadepth.attach(tiny("llama"), StaticConfig(skip=(1, 2)))
     cells = cells_of(static, variants=["routed"])
     assert cells["routed", "decode"]["kv_bytes_routed"] == kv(static, [0, 3], 12)
-    cells = cells_of(tiny("Llama"))
+    cells = cells_of(tiny("llama"))
     assert list(cells) == [("dense", "prefill"), ("dense", "decode")]
     assert cells["dense", "decode"]["routed_s"] is cells["dense", "decode"]["speedup"] is None
 
@@ -134,7 +139,7 @@ def test_progress_names_the_cell():
 
 def test_samples_are_of_filled_caches():
     """Each model is timed once a round and once a token, on caches that hold what they should."""
-    work, model = Work(ids(1, 12), 9), tiny("Llama")
+    work, model = Work(ids(1, 12), 9), tiny("llama")
     samples = measure({"a": model, "b": model}, work, repeats=3, generate=["b"])
     assert [len(samples["a"].prefill), len(samples["a"].decode), len(samples["a"].generate)] == [3, 9, 0]
     assert len(samples["b"].generate) == 3
@@ -142,7 +147,7 @@ def test_samples_are_of_filled_caches():
 
 
 def test_an_empty_or_short_cache_is_noticed():
-    model = tiny("Gemma3")
+    model = tiny("gemma3")
     with torch.no_grad():
         cache = model(ids(1, 9), use_cache=True).past_key_values
     check_length(model, cache, 9)
@@ -176,14 +181,14 @@ def test_spread():
 def test_values_that_make_no_cell(bad):
     options = {"batches": [1], "contexts": [4], "new_tokens": 2, "repeats": 1, **bad}
     with pytest.raises(ConfigError, match="nothing to time"):
-        run(tiny("Llama"), ids(1, 9), **options)
+        run(tiny("llama"), ids(1, 9), **options)
 
 
 def test_prompts_that_do_not_suffice():
     with pytest.raises(DataError, match="2 rows of 12 tokens"):
-        run(tiny("Llama"), ids(1, 9), batches=[2], contexts=[9], new_tokens=3)
+        run(tiny("llama"), ids(1, 9), batches=[2], contexts=[9], new_tokens=3)
     with pytest.raises(ConfigError, match="'static'"):
-        run(tiny("Llama"), ids(1, 9), batches=[1], contexts=[4], new_tokens=3, variants=["static"])
+        run(tiny("llama"), ids(1, 9), batches=[1], contexts=[4], new_tokens=3, variants=["static"])
 
 
 class Letters:

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import dynadepth
-from benchmark.tiny import SPECIAL, ids, tiny
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.benchmark import bare_twin, pruned_twin
@@ -18,6 +17,7 @@ from dynadepth.errors import ConfigError
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.sublayer import RoutedSublayer
+from parity.models import FAMILIES, VOCABULARY, tiny
 
 ROUTES = {
     "the first attention": "0.attention",
@@ -28,6 +28,11 @@ ROUTES = {
     "the last block": "3.block",
     "all blocks": "0.block 1.block 2.block 3.block",
 }
+
+
+def ids(batch: int, length: int) -> torch.Tensor:
+    """Token ids `[batch, length]`, none of them padding."""
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def sites(text: str) -> list[Site]:
@@ -66,7 +71,7 @@ def generated(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_twin_equals_the_zeroed_model(name, route):
     model, skipped = tiny(name), sites(route)
     twin = pruned_twin(model, skipped)
@@ -82,7 +87,7 @@ def test_twin_equals_the_zeroed_model(name, route):
     assert scores.std() > 0.1  # a reference of constants would prove nothing
 
 
-@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_cache_of_a_twin_holds_nothing_for_what_is_absent(name):
     """Lengths, positions and windows are those of the attentions that are left, though layer 0 has none."""
     model = tiny(name)
@@ -95,7 +100,7 @@ def test_cache_of_a_twin_holds_nothing_for_what_is_absent(name):
 
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
-@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Olmo2", "GPTNeoX", "Granite", "Mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt_neox", "granite", "mixtral"])
 def test_twin_equals_the_routed_model_under_the_same_route(name, target):
     model = dynadepth.attach(tiny(name), MindSkipConfig(target=target, layers=(0, 1, 2, 3)))
     skipped = [Site(0, target), Site(3, target)]
@@ -111,7 +116,9 @@ def test_twin_equals_the_routed_model_under_the_same_route(name, target):
 
 
 def test_twins_share_weights_and_leave_the_model_alone():
-    model = dynadepth.attach(tiny("Gemma3"), MindSkipConfig(layers=(0, 2)))
+    base = tiny("gemma3")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    model = dynadepth.attach(base, MindSkipConfig(layers=(0, 2)))
     config, keys = model.config.to_dict(), set(model.state_dict())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     storages = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -129,7 +136,7 @@ def test_twins_share_weights_and_leave_the_model_alone():
 
 
 def test_nothing_of_the_routing_is_left_in_a_twin():
-    model = dynadepth.attach(tiny("Llama"), MindSkipConfig(layers=(0, 1)))
+    model = dynadepth.attach(tiny("llama"), MindSkipConfig(layers=(0, 1)))
     machinery = (RoutedModel, RoutedSublayer, AbstractRouter)
     assert any(isinstance(m, machinery) for m in model.modules())
     for twin in (bare_twin(model), pruned_twin(model, sites("0.attention"))):
@@ -138,7 +145,8 @@ def test_nothing_of_the_routing_is_left_in_a_twin():
 
 
 def test_absent_sublayers_cost_nothing():
-    model = tiny("Llama", attn_implementation="eager")
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
     twin = pruned_twin(model, sites("0.attention 1.mlp 2.block"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(ids(1, 7))
@@ -149,9 +157,9 @@ def test_absent_sublayers_cost_nothing():
 def test_twin_of_a_model_with_adapters():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny("Llama"), config)
+    model = peft.get_peft_model(tiny("llama"), config)
     with torch.no_grad():
-        adapted, plain = bare_twin(model)(ids(1, 8)).logits, bare_twin(tiny("Llama"))(ids(1, 8)).logits
+        adapted, plain = bare_twin(model)(ids(1, 8)).logits, bare_twin(tiny("llama"))(ids(1, 8)).logits
         assert torch.equal(adapted, model.eval()(input_ids=ids(1, 8)).logits)
         assert not torch.allclose(adapted, plain)
         pruned_twin(model, sites("0.attention 2.block"))(ids(1, 8))
@@ -159,6 +167,6 @@ def test_twin_of_a_model_with_adapters():
 
 def test_bad_sites_are_refused():
     with pytest.raises(ConfigError, match=r"7\.attention does not exist.*0 to 3"):
-        pruned_twin(tiny("Llama"), sites("7.attention"))
+        pruned_twin(tiny("llama"), sites("7.attention"))
     with pytest.raises(ConfigError, match="'expert'"):
-        pruned_twin(tiny("Llama"), [Site(0, "expert")])
+        pruned_twin(tiny("llama"), [Site(0, "expert")])

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved_model import save_model, save_routers
 from typer.testing import CliRunner, Result
 
 from dynadepth.cli import app
+from saved_model import save_model, save_routers
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,22 @@ import shutil
 import warnings
 
 import pytest
-from saved_model import save_model
 
 from dynadepth import adapter
 from dynadepth.cli.session import one_line_warnings
+from saved_model import save_model
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("1.3x", "'1.3x' is not supported"), ("abc", "'abc'"), ("0", "not 0"), ("1.5", "not 1.5"), ("-1", "not -1"), ("nan", "nan")],
+    [
+        ("1.3x", "'1.3x' is not supported"),
+        ("abc", "'abc'"),
+        ("0", "not 0"),
+        ("1.5", "not 1.5"),
+        ("-1", "not -1"),
+        ("nan", "nan"),
+    ],
 )
 @pytest.mark.parametrize("verb", ["eval", "generate", "bench", "tune"])
 def test_budgets_are_checked_before_anything_is_loaded(refused, verb, text, named):
@@ -36,7 +43,8 @@ def test_budget_that_the_sites_cannot_reach(refused, model_folder, tmp_path):
     model = dynadepth.attach(hub.load_model(model_folder), dynadepth.MindSkipConfig(layers=(3,)))
     dynadepth.save(model, tmp_path / "one")
     sentence = refused("generate", model_folder, "--routers", tmp_path / "one", "--budget", "0.5", "--prompt", "why")
-    assert "0.5 cannot be reached" in sentence and "1 of 4" in sentence
+    assert "0.5 cannot be reached" in sentence
+    assert "1 of 4" in sentence
 
 
 def test_unknown_model_names_the_near_ones(refused):
@@ -47,7 +55,9 @@ def test_unsupported_architecture(refused, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2))
-    shutil.copytree(save_model(tmp_path / "llama"), tmp_path / "gpt2", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    shutil.copytree(
+        save_model(tmp_path / "llama"), tmp_path / "gpt2", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+    )
     model.save_pretrained(tmp_path / "gpt2")
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "why", "completion": " the sky"}\n' * 4, encoding="utf-8")
@@ -65,7 +75,9 @@ def test_routers_of_another_model_name_both(refused, routers_folder, tmp_path):
             parameter.neg_()
     model.save_pretrained(other)
     sentence = refused("generate", other, "--routers", routers_folder, "--prompt", "why")
-    assert "tiny" in sentence and "other-model" in sentence and "fingerprint" in sentence
+    assert "tiny" in sentence
+    assert "other-model" in sentence
+    assert "fingerprint" in sentence
 
 
 @pytest.mark.parametrize("how", ["truncated", "tampered", "newer", "missing"])
@@ -92,14 +104,20 @@ def test_a_folder_of_routers_is_no_model(refused, routers_folder):
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [(None, "no file"), ("", "empty"), ('{"prompt": "why", "completion": "sky"}\nnot json\n', "line 2"), ('{"colour": 1}\n', "colour")],
+    [
+        (None, "no file"),
+        ("", "empty"),
+        ('{"prompt": "why", "completion": "sky"}\nnot json\n', "line 2"),
+        ('{"colour": 1}\n', "colour"),
+    ],
 )
 def test_tuning_data(refused, model_folder, tmp_path, content, named):
     data = tmp_path / "data.jsonl"
     if content is not None:
         data.write_text(content, encoding="utf-8")
     sentence = refused("tune", model_folder, "--out", tmp_path / "out", "--data", data)
-    assert named in sentence.lower() and "data.jsonl" in sentence
+    assert named in sentence.lower()
+    assert "data.jsonl" in sentence
 
 
 def test_samples_that_are_all_too_long(refused, model_folder, tmp_path):
@@ -127,7 +145,9 @@ def test_output_that_cannot_be_written_is_said_first(refused, model_folder, tmp_
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")
     assert "file" in refused("tune", "no/such-model", "--out", blocked / "routers")
-    assert "no folder" in refused("generate", "no/such-model", "--prompt", "a", "--json", tmp_path / "nowhere" / "x.json")
+    assert "no folder" in refused(
+        "generate", "no/such-model", "--prompt", "a", "--json", tmp_path / "nowhere" / "x.json"
+    )
     assert "is a folder" in refused("bench", "no/such-model", "--json", tmp_path)
 
 
@@ -159,7 +179,9 @@ def test_unknown_dtype(refused, model_folder):
     assert "'float31'" in refused("generate", model_folder, "--dtype", "float31", "--prompt", "why")
 
 
-@pytest.mark.parametrize("words", [["generate"], ["nope"], ["tune", "m"], ["eval", "m", "--limit", "many"], ["info", "a", "b"]])
+@pytest.mark.parametrize(
+    "words", [["generate"], ["nope"], ["tune", "m"], ["eval", "m", "--limit", "many"], ["info", "a", "b"]]
+)
 def test_usage_errors_leave_with_2(run, words):
     result = run(*words)
     assert result.exit_code == 2
@@ -191,7 +213,8 @@ def test_ctrl_c_while_tuning(run, monkeypatch, model_folder, tmp_path):
     monkeypatch.setattr(RouterTrainer, "training_step", interrupt)
     result = run("tune", model_folder, "--out", out, "--data", data)
     assert result.exit_code == 130
-    assert str(out) in result.stderr.splitlines()[-1] and "the same command goes on" in result.stderr
+    assert str(out) in result.stderr.splitlines()[-1]
+    assert "the same command goes on" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch, model_folder):

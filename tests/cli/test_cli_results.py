@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+
 from saved_model import N_LAYERS
 
 PROVENANCE = {"dynadepth", "commit", "python", "torch", "transformers", "hardware", "seed", "dtype", "model", "command"}
-CELL = set(
-    "variant granularity dtype batch context phase unit dense_s routed_s pruned_s spread speedup skip_efficiency "
-    "kv_bytes_dense kv_bytes_routed".split()
-)
+CELL = {
+    "variant", "granularity", "dtype", "batch", "context", "phase", "unit", "dense_s", "routed_s", "pruned_s", "spread",
+    "speedup", "skip_efficiency", "kv_bytes_dense", "kv_bytes_routed",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -37,7 +38,11 @@ def task_data(tmp_path: Path) -> Path:
 
 
 def test_help_lists_every_verb_and_needs_no_torch():
-    code = "import sys, dynadepth.cli; sys.argv = ['dynadepth', '--help']\ntry: dynadepth.cli.main()\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys, dynadepth.cli; sys.argv = ['dynadepth', '--help']\n"
+        "try: dynadepth.cli.main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
@@ -67,7 +72,8 @@ def test_eval_json(answered, model_folder, routers_folder, text_file, task_data)
         "--task-data", task_data, "--limit", 4, "--perplexity", text_file, "--compare-dense",
     )  # fmt: skip
     assert set(document) == {
-        "tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share", "provenance",
+        "tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share",
+        "provenance",
     }  # fmt: skip
     for part in (document, document["dense"]):
         assert set(part["tasks"]) == {"alpha", "beta"}
@@ -78,12 +84,16 @@ def test_eval_json(answered, model_folder, routers_folder, text_file, task_data)
         assert 0 <= part["average"] <= 1
     assert set(document["dense"]) == {"tasks", "average", "perplexity"}
     assert set(document["keep_ratio"]) == {"routed", "all"}
-    assert document["kl"] >= 0 and 0 <= document["agreement"] <= 1
+    assert document["kl"] >= 0
+    assert 0 <= document["agreement"] <= 1
     assert set(document["provenance"]) >= PROVENANCE
     assert document["provenance"]["model"]["fingerprint"]
     assert document["provenance"]["routers"]["budget"] == 0.75
-    assert "alpha" in result.stdout and "perplexity" in result.stdout and "KL" in result.stdout
-    assert "loading" in result.stderr and "loading" not in result.stdout
+    assert "alpha" in result.stdout
+    assert "perplexity" in result.stdout
+    assert "KL" in result.stdout
+    assert "loading" in result.stderr
+    assert "loading" not in result.stdout
 
 
 def test_eval_of_a_dense_model_has_nulls(answered, model_folder, text_file):
@@ -96,8 +106,8 @@ def test_eval_of_a_dense_model_has_nulls(answered, model_folder, text_file):
 
 def test_generate_json(answered, model_folder, routers_folder):
     document, result = answered(
-        "generate", model_folder, "--routers", routers_folder, "--prompt", "why is the sky blue", "--prompt", "who are you",
-        "--max-new-tokens", 5, "--show-route",
+        "generate", model_folder, "--routers", routers_folder, "--prompt", "why is the sky blue",
+        "--prompt", "who are you", "--max-new-tokens", 5, "--show-route",
     )  # fmt: skip
     assert set(document) == {"outputs", "provenance"}
     assert [output["prompt"] for output in document["outputs"]] == ["why is the sky blue", "who are you"]
@@ -139,14 +149,17 @@ def test_bench_json(answered, model_folder, routers_folder):
     assert set(document) == {"cells", "provenance"}
     assert all(set(cell) >= CELL for cell in document["cells"])
     routed = [cell for cell in document["cells"] if cell["variant"] == "routed"]
-    assert {(cell["batch"], cell["phase"]) for cell in routed} == {(b, p) for b in (1, 2) for p in ("prefill", "decode")}
+    assert {(cell["batch"], cell["phase"]) for cell in routed} == {
+        (b, p) for b in (1, 2) for p in ("prefill", "decode")
+    }
     assert "routed" in result.stdout
 
 
 def test_info_of_a_model(run, model_folder):
     result = run("info", model_folder)
     assert result.exit_code == 0
-    assert "LlamaForCausalLM" in result.stdout and f"{N_LAYERS} sites" in result.stdout
+    assert "LlamaForCausalLM" in result.stdout
+    assert f"{N_LAYERS} sites" in result.stdout
 
 
 def test_info_of_routers(run, routers_folder):
@@ -158,10 +171,15 @@ def test_info_of_routers(run, routers_folder):
 
 def test_tune_saves_routers_and_names_the_next_command(run, model_folder, tmp_path):
     data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"why is the {word}", "completion": " the sky is blue"} for word in "sky class object function".split() * 4]
+    rows = [
+        {"prompt": f"why is the {word}", "completion": " the sky is blue"}
+        for word in ("sky", "class", "object", "function") * 4
+    ]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     out = tmp_path / "routers"
-    result = run("tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 12, "--seed", 3)
+    result = run(
+        "tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 12, "--seed", 3
+    )
     assert result.exit_code == 0, result.output
     saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
     assert saved["provenance"]["seed"] == 3
@@ -169,4 +187,5 @@ def test_tune_saves_routers_and_names_the_next_command(run, model_folder, tmp_pa
     assert f"dynadepth generate {model_folder} --routers {out}" in " ".join(result.stdout.split())
     assert "KL" in result.stdout
     again = run("info", out)
-    assert again.exit_code == 0 and "default" in again.stdout
+    assert again.exit_code == 0
+    assert "default" in again.stdout

@@ -114,7 +114,8 @@ def reference(model, tokenizer, requests, prompts):
 
 
 def test_the_context_alone_decides_the_route(routed, tokenizer):
-    requests = multiple_choice()
+    alone = [(context, " and this is all that there is to it") for context in CONTEXTS]
+    requests = multiple_choice() + [r for doc, pair in enumerate(alone, 20) for r in question(doc, [pair])]
     expected = reference(routed, tokenizer, requests, [len(r.args[0]) for r in requests])
     torch.testing.assert_close(sums(make_lm(routed, tokenizer).loglikelihood(requests)), expected, rtol=1e-4, atol=1e-3)
 

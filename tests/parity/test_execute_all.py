@@ -37,12 +37,14 @@ def form(model: Any) -> list[tuple[str, type, list[str], dict[str, Any]]]:
     ]
 
 
+@torch.no_grad()
 @over(MATRIX)
 def test_execute_all_is_the_bare_model(name: str, cell: Cell) -> None:
     model, batch = tiny(name), inputs()
-    # Frozen but for one: PyTorch multiplies by another kernel where a matrix requires gradients, even when none are recorded.
-    # The one shows whether `detach` puts back what was there.
-    model.requires_grad_(False).get_input_embeddings().weight.requires_grad_(True)
+    # Frozen but for the norms: PyTorch multiplies by another kernel where a matrix requires gradients, even when none are
+    # recorded. The norms show whether `detach` puts back what was there.
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
     before, wanted, steps = form(model), model(**batch).logits, generated(model, batch)
     unpadded = model(input_ids=batch["input_ids"]).logits
 
@@ -75,6 +77,7 @@ def test_every_method_can_execute_all(method: type[DepthConfig], cell: Cell) -> 
             assert torch.equal(found, want)
 
 
+@torch.no_grad()
 @over(MATRIX)
 def test_disabled_is_the_bare_model_whatever_the_routers_say(name: str, cell: Cell) -> None:
     model, batch = tiny(name).requires_grad_(False), inputs()

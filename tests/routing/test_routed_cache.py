@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import ALL, FAMILIES, KINDS, LAYERS, VOCABULARY, WINDOW, ids, mixed, ragged, routed
+from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, ids, mixed, ragged, routed
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -119,7 +119,7 @@ OPERATIONS = st.sampled_from(["reorder", "select", "mask", "repeat", "crop", "co
 def test_rows_survive_whatever_is_done_to_the_cache(family: str, granularity: str, kv_policy: str) -> None:
     model = routed(family, granularity=granularity, kv_policy=kv_policy).requires_grad_(False)
 
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=10, deadline=None, derandomize=True, database=None)
     @given(
         st.lists(st.integers(1, 6), min_size=1, max_size=4),
         st.lists(st.tuples(OPERATIONS, st.integers(0, 99)), min_size=1, max_size=5),
@@ -288,23 +288,25 @@ def test_a_crop_that_a_window_cannot_undo_is_refused_and_changes_nothing() -> No
 
 
 def test_rows_that_join_late_can_be_cropped_across_their_window() -> None:
-    # Chunked prefill: the row's first real token comes after more padding than a window holds.
-    model, batch = routed("gemma3"), ragged([2], total=9)
+    # Chunked prefill: the only row that executes brings its first real token after more padding than a window holds.
+    model, batch = routed("gemma3"), ragged([9, 1])
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    with fixed_routes(model, {}):
+    positions, new = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0), ids(2, 1, seed=1)
+    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, torch.tensor([False, True]))):
         for start in range(0, 9, 3):
-            part = {"input_ids": batch["input_ids"][:, start : start + 3], "position_ids": positions[:, start : start + 3]}
-            model(**part, attention_mask=batch["attention_mask"][:, : start + 3], past_key_values=cache)
-        cache.crop(-1)
-        mask = batch["attention_mask"]
+            part = slice(start, start + 3)
+            model(
+                input_ids=batch["input_ids"][:, part],
+                attention_mask=batch["attention_mask"][:, : start + 3],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
+        cache.crop(-4)
+        mask = torch.tensor([[1] * 6, [0] * 5 + [1]])
         again = model(
-            input_ids=batch["input_ids"][:, 8:], attention_mask=mask, position_ids=positions[:, 8:], past_key_values=cache
+            input_ids=new, attention_mask=mask, position_ids=torch.tensor([[5], [0]]), past_key_values=cache
         )
-        wanted = model(input_ids=batch["input_ids"][:, 7:]).logits[:, -1]
-    torch.testing.assert_close(again.logits[:, -1], wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_ids_are_in_the_vocabulary() -> None:
-    assert 0 < ids(9, 9).min() <= ids(9, 9).max() < VOCABULARY
+    with fixed_routes(model, {}):
+        wanted = model(input_ids=new[1:]).logits[:, -1]
+    torch.testing.assert_close(again.logits[1:, -1], wanted, atol=1e-4, rtol=1e-4)

@@ -1,8 +1,8 @@
 """The command `dynadepth`: one file per verb, which parses, calls and prints.
 
-Tables go to stdout, progress and messages to stderr. What a user can change ends as one sentence and exit code 2, Ctrl-C
-as one sentence and 130; anything else is a bug and keeps its traceback. Verbs import torch when they run, so that
-`--help` is instant.
+Tables go to stdout, progress and messages to stderr. What a user can change ends as one sentence and exit code 2,
+Ctrl-C as one sentence and 130; anything else is a bug and keeps its traceback. Verbs import torch when they run, so
+that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -38,15 +38,12 @@ def _options(
         raise typer.Exit()
 
 
-for verb, function in {
-    "demo": demo,
-    "tune": tune,
-    "eval": evaluate,
-    "generate": generate,
-    "bench": bench,
-    "info": info,
-}.items():
-    app.command(verb)(function)
+app.command("demo")(demo)
+app.command("tune")(tune)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("bench")(bench)
+app.command("info")(info)
 
 
 def main() -> None:

@@ -15,8 +15,12 @@ def bench(
     routers: options.Routers = None,
     budget: options.Budget = None,
     batch: Annotated[str, typer.Option("--batch", metavar="1,8", help="Batch sizes.")] = "1",
-    context: Annotated[str, typer.Option("--context", metavar="32,512", help="Prompt lengths in tokens.")] = "32,512,2048",
-    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens decoded after each prompt.")] = 32,
+    context: Annotated[
+        str, typer.Option("--context", metavar="32,512", help="Prompt lengths in tokens.")
+    ] = "32,512,2048",
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", help="Tokens decoded after each prompt.")
+    ] = 32,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Rounds of each measurement.")] = 5,
     dtype: options.Dtype = "auto",
     json_file: options.Json = None,
@@ -49,7 +53,19 @@ def bench(
 
 def show(cells: list[dict[str, Any]]) -> None:
     """Prints one row a cell."""
-    columns = ("variant", "batch", "context", "phase", "dense", "routed", "pruned", "spread", "speed-up", "efficiency", "KV")
+    columns = (
+        "variant",
+        "batch",
+        "context",
+        "phase",
+        "dense",
+        "routed",
+        "pruned",
+        "spread",
+        "speed-up",
+        "efficiency",
+        "KV",
+    )
     grid = table(f"Milliseconds, median ({cells[0]['dtype']})", *columns)
     for cell in cells:
         grid.add_row(

@@ -14,9 +14,9 @@ from dynadepth.cli.session import out, progress, quiet_libraries, reporting, say
 
 
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")] = Path(
-        "demo-output"
-    ),
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.")
+    ] = Path("demo-output"),
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")] = 0,
 ) -> None:
     """Tune routers for a small model and show what is gained and what is lost, in about ten minutes on two cores."""
@@ -48,7 +48,9 @@ def show(results: dict[str, Any], page: Path) -> None:
     from dynadepth.report.summary import TITLES, VARIANTS, rows, verdict
 
     console, settings = out(), results["settings"]
-    grid = table(f"{settings['model']} at a budget of {settings['budget']:.0%}", "", *(TITLES[name] for name in VARIANTS))
+    grid = table(
+        f"{settings['model']} at a budget of {settings['budget']:.0%}", "", *(TITLES[name] for name in VARIANTS)
+    )
     for row in rows(results):
         styles = ["bold" if name == row.better else "" for name in VARIANTS]
         grid.add_row(row.label, *(Text(text, style=style) for text, style in zip(row.values, styles, strict=True)))

@@ -40,8 +40,9 @@ def show_model(facts: dict[str, Any]) -> None:
     grid = table("What can be routed", "target", *facts["routable"]["attention"])
     reasons = []
     for target, allowed in facts["routable"].items():
-        sites = f"{facts['layers']} sites"
-        grid.add_row(target, *(sites if answer is True else "refused" for answer in allowed.values()))
+        answers = (allowed.get(label) for label in facts["routable"]["attention"])
+        cells = {True: f"{facts['layers']} sites", None: "-"}
+        grid.add_row(target, *(cells.get(answer, "refused") for answer in answers))
         reasons += [f"{target}, {label}: {answer}" for label, answer in allowed.items() if answer is not True]
     console.print(grid)
     for reason in reasons:

@@ -33,8 +33,8 @@ def parse_budget(text: str | None) -> float | None:
         return None
     if text.strip().lower().endswith(("x", "×")):
         raise BudgetError(
-            f"A speed-up such as {text!r} is not supported as --budget yet: give the share of all sublayers of the target "
-            "that may execute, such as 0.75."
+            f"A speed-up such as {text!r} is not supported as --budget yet: give the share of all sublayers of the "
+            "target that may execute, such as 0.75."
         )
     try:
         budget = float(text)

@@ -1,4 +1,4 @@
-"""What every verb needs around its call: errors as sentences, progress on stderr, tables on stdout, JSON files, models."""
+"""What every verb needs around its call: errors as sentences, progress on stderr, tables, JSON files, loaded models."""
 
 from __future__ import annotations
 

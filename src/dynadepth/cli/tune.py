@@ -106,7 +106,9 @@ def tune(
             )
         sign(loaded, out_dir, model, seed)
 
-        grid = table(f"Tuned in {result.seconds:.0f} s: {result.n_trainable:,} router parameters", "held out", "before", "after")
+        grid = table(
+            f"Tuned in {result.seconds:.0f} s: {result.n_trainable:,} router parameters", "held out", "before", "after"
+        )
         for label, which in (("routed sites", "routed"), ("all sublayers of the target", "all")):
             before, after = (getattr(keep, which, None) for keep in (result.keep_before, result.keep_after))
             grid.add_row(f"executed, of {label}", percent(before), percent(after))
@@ -115,7 +117,16 @@ def tune(
             grid.add_row("KL of the static route at this budget", "", number(result.kl_static, 4))
         console = out()
         console.print(grid)
-        words = ["dynadepth", "generate", model, "--routers", str(out_dir), "--prompt", "Why is the sky blue?", "--show-route"]
+        words = [
+            "dynadepth",
+            "generate",
+            model,
+            "--routers",
+            str(out_dir),
+            "--prompt",
+            "Why is the sky blue?",
+            "--show-route",
+        ]
         console.print(Text(f"Routers saved in {out_dir}. Next:\n  {shlex.join(words)}"))
 
 

@@ -1,1 +1,1 @@
-"""What a user is shown: sample answers and their routes, figures, one self-contained HTML page, and the demo's story."""
+"""What a user is shown: sample answers with their routes, figures, one self-contained page, and the demo's story."""

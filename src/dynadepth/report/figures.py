@@ -27,7 +27,14 @@ def bars(values: Mapping[str, float], titles: Mapping[str, str], unit: str) -> F
     names = list(values)
     axes.barh(names, list(values.values()), color=[COLOURS.get(name, COLOURS["ink"]) for name in names], height=0.62)
     for place, value in enumerate(values.values()):
-        axes.annotate(f"{value:,.2f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{value:,.2f}",
+            (value, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLOURS["ink"],
+        )
     axes.set_yticks(range(len(names)), [titles.get(name, name) for name in names])
     axes.invert_yaxis()
     axes.set_xlim(0, max(values.values()) * 1.22)
@@ -44,9 +51,18 @@ def grouped(groups: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]
     for index, name in enumerate(variants):
         places = [place + (index - (len(variants) - 1) / 2) * step for place in range(len(groups))]
         values = [group.get(name, 0.0) for group in groups.values()]
-        axes.barh(places, values, height=step * 0.92, color=COLOURS.get(name, COLOURS["ink"]), label=titles.get(name, name))
+        axes.barh(
+            places, values, height=step * 0.92, color=COLOURS.get(name, COLOURS["ink"]), label=titles.get(name, name)
+        )
         for place, value in zip(places, values, strict=True):
-            axes.annotate(f"{value:.2f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{value:.2f}",
+                (value, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=COLOURS["ink"],
+            )
     axes.set_yticks(range(len(groups)), list(groups))
     axes.invert_yaxis()
     axes.axvline(line, color=COLOURS["ink"], linewidth=0.8, linestyle=(0, (3, 2)))
@@ -91,7 +107,9 @@ def inline(figure: Figure, name: str, description: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
+        figure.savefig(
+            buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04, metadata={"Date": None}
+        )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

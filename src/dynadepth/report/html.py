@@ -1,4 +1,4 @@
-"""The demo's results as one HTML page that needs nothing beside it: inline figures, no scripts, no network, light and dark.
+"""The demo's results as one HTML page that needs nothing beside it: inline figures, no scripts, no network.
 
 The page is made from plain data alone. Parts that are missing from it are left out, and every text is escaped.
 """
@@ -25,7 +25,9 @@ def require_extra() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise DynadepthError(f"The page needs the extra `report` ({error}): run `pip install 'dynadepth[report]'`.") from error
+        raise DynadepthError(
+            f"The page needs the extra `report` ({error}): run `pip install 'dynadepth[report]'`."
+        ) from error
 
 
 def write_page(path: Path, results: Mapping[str, Any]) -> Path:
@@ -66,8 +68,12 @@ def render(results: Mapping[str, Any]) -> str:
 def _subtitle(results: Mapping[str, Any]) -> str:
     if results.get("granularity") is None:
         return ""
-    routed = f"{len(results.get('routed_sites') or [])} of {results.get('layers')} {results.get('target')} sublayers routed"
-    return f"{routed}, one decision a {results['granularity']}. The model itself is frozen; only its routers were tuned."
+    routed = (
+        f"{len(results.get('routed_sites') or [])} of {results.get('layers')} {results.get('target')} sublayers routed"
+    )
+    return (
+        f"{routed}, one decision a {results['granularity']}. The model itself is frozen; only its routers were tuned."
+    )
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -121,7 +127,7 @@ def _by_layer(route: Mapping[str, float], n_layers: int) -> list[float | None]:
 def _speedups(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     groups: dict[str, dict[str, float]] = {}
     for name, cells in (results.get("speed") or {}).items():
-        for cell in cells:
+        for cell in sorted(cells, key=lambda cell: (cell["phase"] != "prefill", cell["context"])):
             if cell.get("speedup"):
                 groups.setdefault(f"{cell['phase']} {cell['context']:,}", {})[name] = cell["speedup"]
     return groups

@@ -12,15 +12,18 @@ from dynadepth.methods import MindSkipConfig
 from dynadepth.model import attach, detach
 from dynadepth.report.stamp import model_facts
 from dynadepth.routing.decision import Site
+from dynadepth.routing.target import target_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TARGETS = ("attention", "mlp", "block")
+WAYS = {"sequence": ("sequence", "project"), "token": ("token", "project"), "token, drop": ("token", "drop")}
+"""Granularity and KV policy of each column; `drop` says nothing of a target without keys and values."""
 
 
 def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
-    """Facts of a model, and for each target and granularity whether the probe allows it: True, or the reason why not."""
+    """Facts of a model, and for each target and granularity whether the probe allows it: True, or why not."""
     facts = {
         **model_facts(name, model),
         "architecture": type(model).__name__,
@@ -32,9 +35,10 @@ def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
     routable: dict[str, dict[str, bool | str]] = {}
     for target in TARGETS:
         routable[target] = {}
-        for granularity, policy in (("sequence", "project"), ("token", "project"), ("token", "drop")):
+        for label, (granularity, policy) in WAYS.items():
+            if policy == "drop" and not target_named(target).keeps_kv:
+                continue
             config = MindSkipConfig(target=target, granularity=granularity, kv_policy=policy)
-            label = granularity if granularity == "sequence" else f"{granularity}, {policy}"
             try:
                 detach(attach(model, config))
                 routable[target][label] = True

@@ -16,7 +16,7 @@ from dynadepth.routing.recorder import recording
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Detail = Callable[[str], object]
+Detail = Callable[[str], None]
 TASK = "questions"
 
 
@@ -50,7 +50,7 @@ def on_text(
         "kv_share": kv_share(model, sites, WINDOW),
         "n_tokens": found.n_tokens,
     }
-    dense = dict.fromkeys(routed, 1.0) | {"nll": found.dense.nll, "kl": 0.0, "n_tokens": float(found.n_tokens)}
+    dense: Figures = dict.fromkeys(routed, 1.0) | {"nll": found.dense.nll, "kl": 0.0, "n_tokens": float(found.n_tokens)}
     return routed, dense, {str(site): share for site, share in sites.items()}
 
 

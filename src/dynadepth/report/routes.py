@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from dynadepth.routing.decision import KeepRatio, Site
 
-LEGEND = "■ executed  □ skipped  ▂▄▆ executed for some of the tokens  · not routed, always executes; layer 0 is on the left"
+LEGEND = (
+    "■ executed  □ skipped  ▂▄▆ executed for some of the tokens  · not routed, always executes; layer 0 is on the left"
+)
 _PARTLY = "▁▂▃▄▅▆▇"
 
 

@@ -27,10 +27,10 @@ def answers(
 ) -> list[dict[str, Any]]:
     """What the model writes to each prompt, greedily, as one left-padded batch: the `outputs` of `generate --json`.
 
-    A prompt is set in the tokenizer's chat template where there is one, else continued. Each entry has `prompt`, `text`,
-    `tokens` (the new token ids, up to and with the one that ends the text), `route` (per site the share of the prompt's
-    units that executed: 0 or 1 at sequence granularity) and `keep_ratio` of that route; the last two are None for a
-    dense model. Raises `DataError` for a prompt without any token.
+    A prompt is set in the tokenizer's chat template where there is one, else continued. Each entry has `prompt`,
+    `text`, `tokens` (the new token ids, up to and with the one that ends the text), `route` (per site the share of the
+    prompt's units that executed: 0 or 1 at sequence granularity) and `keep_ratio` of that route; the last two are None
+    for a dense model. Raises `DataError` for a prompt without any token.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
@@ -44,7 +44,8 @@ def answers(
     ids_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=model.device)
     with torch.no_grad(), recording() as record:
-        written_BT = model.generate(
+        generate: Any = model.generate
+        written_BT = generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             max_new_tokens=max_new_tokens,

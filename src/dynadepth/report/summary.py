@@ -56,7 +56,7 @@ def _speed_rows(results: Mapping[str, Any]) -> list[Row]:
     for name, cells in (results.get("speed") or {}).items():
         for cell in cells:
             by_place.setdefault((cell["phase"], cell["context"]), {})[name] = cell
-    for (phase, context), cells in sorted(by_place.items(), reverse=True):
+    for (phase, context), cells in sorted(by_place.items(), key=lambda item: (item[0][0] != "prefill", item[0][1])):
         first = next(iter(cells.values()))
         unit = "a token" if phase == "decode" else f"of {context:,} tokens"
         where = f"{phase} {unit}" + (f" at {context:,}" if phase == "decode" else "")
@@ -76,9 +76,9 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     dense, routed, static = (variants.get(name) or {} for name in VARIANTS)
     if None not in (dense.get("perplexity"), routed.get("perplexity"), static.get("perplexity")):
         said.append(
-            f"With {_percent(routed['keep_all'])} of the {results.get('target', 'attention')} sublayers executed, perplexity "
-            f"goes from {dense['perplexity']:.2f} to {routed['perplexity']:.2f}; the static twin, one fixed route with the "
-            f"same keep ratio, has {static['perplexity']:.2f}: on this text {_winner(routed, static)}."
+            f"With {_percent(routed['keep_all'])} of the {results.get('target', 'attention')} sublayers executed, "
+            f"perplexity goes from {dense['perplexity']:.2f} to {routed['perplexity']:.2f}; the static twin, one fixed "
+            f"route with the same keep ratio, has {static['perplexity']:.2f}: on this text {_winner(routed, static)}."
         )
     interval = routed.get("accuracy_difference")
     if interval is not None and dense.get("accuracy") is not None:

@@ -63,5 +63,7 @@ class StaticTwins:
         mixed: Figures = {}
         for key in parts[0][1]:
             values = [(share, figures[key]) for share, figures in parts]
-            mixed[key] = None if any(v is None for _, v in values) else sum(share * float(v or 0) for share, v in values)
+            mixed[key] = (
+                None if any(v is None for _, v in values) else sum(share * float(v or 0) for share, v in values)
+            )
         return mixed

@@ -94,10 +94,16 @@ class RoutedModel:
     init_continuous_batching = generate_batch
 
     def enable_input_require_grads(self) -> None:
-        """Only reentrant checkpointing needs it, which routers refuse; with it, layers below the lowest router would run backward."""
-        routing = self.depth_routing
-        if not any(p.requires_grad for router in routing.routers().values() for p in router.parameters()):
+        """Remembered for `detach`, and not done: only reentrant checkpointing needs it, which trainable routers refuse, and
+        with it the layers below the lowest router would run backward."""
+        if self.depth_routing.trainable:
+            self.depth_routing.input_grads = True
+        else:
             super().enable_input_require_grads()  # type: ignore[misc]
+
+    def disable_input_require_grads(self) -> None:
+        self.depth_routing.input_grads = False
+        super().disable_input_require_grads()  # type: ignore[misc]
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any

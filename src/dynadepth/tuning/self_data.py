@@ -82,12 +82,12 @@ def plain_passages(
     n: int = 64,
     max_new_tokens: int = 128,
     seed: int = 0,
-    temperature: float = 1.0,
+    temperature: float = 0.8,
     batch_size: int = 64,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> list[Example]:
-    """`n` plain texts (`prompt_length` 0) in the dense model's own distribution: it goes on from a word or two.
+    """`n` plain texts (`prompt_length` 0) as the dense model writes them: it goes on from a word or two.
 
     Arguments, caching and errors are those of `self_examples`.
     """

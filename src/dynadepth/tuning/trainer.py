@@ -1,4 +1,4 @@
-"""Tunes routers alone with `transformers.Trainer`: the backbone is frozen, checkpoints hold routers and optimiser state only."""
+"""Tunes routers alone with `transformers.Trainer`: the backbone is frozen, checkpoints hold routers and optimiser state."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class RouterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # ask for the number of label tokens of the whole step
         self.losses: list[float] = []
+        """One a step."""
         self.keeps: list[float] = []
+        self._step = -1
         self.last_good = _snapshot(self.model)
 
     def compute_loss(
@@ -77,11 +79,14 @@ class RouterTrainer(Trainer):
         if not torch.isfinite(loss):
             _restore(self.model, self.last_good)
             raise TuningError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the last good "
-                "step. Try a lower learning_rate, or bfloat16 instead of float16."
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the last "
+                "good step. Try a lower learning_rate, or bfloat16 instead of float16."
             )
         self.last_good = _snapshot(self.model)
-        self.losses.append(loss.item())
+        if self.state.global_step != self._step:
+            self._step = self.state.global_step
+            self.losses.append(0.0)
+        self.losses[-1] += loss.item()  # a micro-batch's loss is its share of the whole step's
         return loss
 
     def note_keep(self, trace: Any) -> None:
@@ -112,11 +117,11 @@ class RouterTrainer(Trainer):
 
 
 class QuantileController(TrainerCallback):
-    """Pins the hard keep ratio: after every step the common threshold is the quantile of what the routers would now answer.
+    """Pins the hard keep ratio: after every step the common threshold is the quantile of what the routers answer now.
 
-    Executing more always lowers the loss, so the logits drift upwards together. The threshold is therefore computed from the
-    *new* parameters on the step's inputs, not from its logits, which lag one step behind; nothing else is remembered, so that a
-    resumed run goes on exactly.
+    Executing more always lowers the loss, so the logits drift upwards together. The threshold is therefore computed
+    from the *new* parameters on the step's inputs, not from its logits, which lag one step behind; nothing else is
+    remembered, so that a resumed run goes on exactly.
     """
 
     UNITS = 512

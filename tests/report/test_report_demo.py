@@ -1,0 +1,180 @@
+"""The demo's story, whole, on a tiny model: what it measures, what it leaves, and what a second run does again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynadepth
+from dynadepth import hub
+from dynadepth.errors import DataError
+from dynadepth.report import demo, measure
+from dynadepth.report.html import render
+from dynadepth.report.samples import answers, read_prompts
+from dynadepth.report.summary import VARIANTS, rows, verdict
+from dynadepth.report.twin import StaticTwins
+from dynadepth.routing.decision import Site
+from saved_model import N_LAYERS, attach_routers
+
+SCORES = {Site(layer, "attention"): score for layer, score in enumerate((0.4, 0.1, 0.3, 0.2))}
+
+
+@pytest.fixture(scope="module")
+def routed(model_folder):
+    return attach_routers(hub.load_model(model_folder))
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder):
+    return demo.Settings(
+        model=str(model_folder), max_samples=12, windows=1, questions=4, prompts=("why is the sky", "who are you"),
+        answer_tokens=3, contexts=(16,), new_tokens=2, repeats=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(settings, tmp_path_factory):
+    """(folder, results, steps) of one run."""
+    out, steps = tmp_path_factory.mktemp("demo"), []
+    results = demo.run_demo(out, settings, demo.Teller(lambda number, title: steps.append((number, title))))
+    return out, results, steps
+
+
+def test_story_is_whole(told):
+    _, results, steps = told
+    assert [number for number, _ in steps] == list(range(1, demo.STEPS + 1))
+    assert [step["title"] for step in results["steps"]] == [title for _, title in steps]
+    assert all(step["seconds"] >= 0 for step in results["steps"])
+    assert set(results["variants"]) == set(VARIANTS)
+    for name in VARIANTS:
+        figures = results["variants"][name]
+        assert {"perplexity", "kl", "agreement", "accuracy", "keep_all", "flops_share", "kv_share"} <= set(figures)
+        assert figures["n_tokens"] == 768
+    dense, routed, static = (results["variants"][name] for name in VARIANTS)
+    assert (dense["kl"], dense["keep_all"], dense["kv_share"]) == (0.0, 1.0, 1.0)
+    assert static["keep_all"] == pytest.approx(routed["keep_all"])
+    assert static["keep_questions"] == pytest.approx(routed["keep_questions"])
+    assert {cell["phase"] for cell in results["speed"]["routed"]} == {"prefill", "decode"}
+    assert [sample["prompt"] for sample in results["samples"]] == ["why is the sky", "who are you"]
+    assert results["samples"][0]["answers"]["dense"]["route"] is None
+    assert results["tuning"]["reused"] is False
+    json.dumps(results)
+
+
+def test_story_can_be_shown(told):
+    _, results, _ = told
+    assert len(rows(results)) >= 10
+    assert any("perplexity goes from" in sentence for sentence in verdict(results))
+    assert "<svg" in render(json.loads(json.dumps(results)))
+
+
+def test_second_run_uses_the_routers_again(told, settings, model_folder, monkeypatch):
+    out, first, _ = told
+    monkeypatch.setattr(demo, "tune", lambda *_, **__: pytest.fail("tuned again"))
+    model, tokenizer = hub.load_model(model_folder), hub.load_tokenizer(model_folder)
+    again = demo._routers(out / "routers", model, tokenizer, [None] * 12, demo.load_recipe(), settings, print)
+    assert again["reused"] is True
+    assert again["losses"] == first["tuning"]["losses"]
+    assert answers(model, tokenizer, settings.prompts, 3) == [s["answers"]["routed"] for s in first["samples"]]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"budget": 0.5}, {"max_samples": 10}])
+def test_other_settings_tune_again(told, settings, change, model_folder):
+    out, _, _ = told
+    from dataclasses import replace
+
+    model, recipe = hub.load_model(model_folder), demo.load_recipe()
+    wanted = replace(settings, **change)
+    samples = wanted.max_samples or 0
+    assert demo._is_reusable(out / "routers", model, recipe, settings, 12)
+    assert not demo._is_reusable(out / "routers", model, recipe, wanted, samples)
+    assert not demo._is_reusable(out / "routers", model, replace(recipe, epochs=1.0), settings, 12)
+    assert not demo._is_reusable(out, model, recipe, settings, 12)
+
+
+def test_routers_of_an_interrupted_run_are_not_used(told, settings, model_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(told[0] / "routers", tmp_path / "routers")
+    config = tmp_path / "routers" / "routing_config.json"
+    document = json.loads(config.read_text(encoding="utf-8"))
+    document["provenance"]["stopped"] = {"step": 3, "why": "interrupted"}
+    config.write_text(json.dumps(document), encoding="utf-8")
+    model = hub.load_model(model_folder)
+    assert not demo._is_reusable(tmp_path / "routers", model, demo.load_recipe(), settings, 12)
+
+
+def test_twins_skip_the_least_important(routed):
+    twins = StaticTwins(routed, SCORES)
+    assert [twins.skipped(count) for count in range(4)] == [(), (1,), (1, 3), (1, 2, 3)]
+    twin = twins.skipping(2)
+    assert dynadepth.routing_of(twin).config.skip == (1, 3)
+    assert twin.lm_head.weight.data_ptr() == routed.lm_head.weight.data_ptr()
+    assert twins.skipping(2) is twin
+    assert twins.nearest(0.45) is twin
+    assert dynadepth.routing_of(routed).config.name == "mindskip"
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.9, 0.75, 0.6, 0.5, 0.25])
+def test_mixture_has_exactly_the_keep_ratio(routed, keep):
+    twins = StaticTwins(routed, SCORES)
+    mixture = twins.mixture(keep)
+    assert sum(share for _, share in mixture) == pytest.approx(1)
+    assert sum(share * (N_LAYERS - count) for count, share in mixture) / N_LAYERS == pytest.approx(keep, abs=1e-3)
+
+
+def test_matched_figures_are_means_over_the_mixture(routed):
+    twins = StaticTwins(routed, SCORES)
+
+    def measured(model):
+        skipped = float(len(dynadepth.routing_of(model).config.skip))
+        return {"skipped": skipped, "unknown": None}
+
+    assert twins.matched(0.6, measured) == {"skipped": pytest.approx(1.6), "unknown": None}
+
+
+def test_static_execute_all_is_dense(routed):
+    tokenizer_free = torch.randint(4, 20, (2, 9), generator=torch.Generator().manual_seed(0))
+    twin = StaticTwins(routed, SCORES).skipping(0)
+    with torch.no_grad(), dynadepth.disabled(routed):
+        assert torch.equal(twin(tokenizer_free).logits, routed(tokenizer_free).logits)
+
+
+def test_answers_record_each_row(routed, model_folder):
+    tokenizer = hub.load_tokenizer(model_folder)
+    outputs = answers(routed, tokenizer, ["why is the sky blue", "who", "the function of it"], 4)
+    with dynadepth.disabled(routed):
+        dense = answers(routed, tokenizer, ["who"], 4)
+    assert all(set(output["route"]) == {f"{i}.attention" for i in range(N_LAYERS)} for output in outputs)
+    assert dense[0]["route"] is None
+    assert dense[0]["keep_ratio"] is None
+    with pytest.raises(DataError, match="no prompt"):
+        answers(routed, tokenizer, [])
+
+
+def test_tokens_end_with_the_end(routed, model_folder, monkeypatch):
+    tokenizer = hub.load_tokenizer(model_folder)
+    written = answers(routed, tokenizer, ["who"], 4)[0]["tokens"]
+    monkeypatch.setattr("dynadepth.report.samples.end_ids", lambda *_: {written[1]})
+    assert answers(routed, tokenizer, ["who"], 4)[0]["tokens"] == written[: written.index(written[1]) + 1]
+
+
+def test_prompt_files(tmp_path: Path):
+    rows_file, lines = tmp_path / "p.jsonl", tmp_path / "p.txt"
+    rows_file.write_text('{"prompt": "a\\nb"}\n{"prompt": "c"}\n', encoding="utf-8")
+    lines.write_text("a b\n\nc\n", encoding="utf-8")
+    assert read_prompts(rows_file) == ["a\nb", "c"]
+    assert read_prompts(lines) == ["a b", "c"]
+    rows_file.write_text('{"prompt": "a"}\n{"question": "c"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"Row 2 of .*p\.jsonl has no text field 'prompt' but 'question'"):
+        read_prompts(rows_file)
+    with pytest.raises(DataError, match="no file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_help_text_depends_on_the_seed_alone():
+    assert measure.help_text(0) == measure.help_text(0) != measure.help_text(1)
+    assert len(measure.help_text(0)) == len(measure.help_text(1)) > 100_000

@@ -1,0 +1,196 @@
+"""Nothing that comes later changes what came before, and no route knows its answer.
+
+At token granularity that holds for every position; at sequence granularity from the prompt's last token on, since the route is
+decided from the whole prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import FAMILIES, VOCABULARY, ids, ragged, routed
+from torch import Tensor
+
+from dynadepth import fixed_routes, routing_of
+from dynadepth.routing.forward import content_prefix
+
+LENGTH, PROMPT = 10, 4
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+MODE = pytest.mark.parametrize("training", [False, True], ids=["sparse", "masked"])
+
+
+def changed(tokens: Tensor, place: int) -> Tensor:
+    """The same ids with others from `place` on."""
+    return torch.where(torch.arange(tokens.shape[1]) >= place, tokens % (VOCABULARY - 1) + 1, tokens)
+
+
+def first(count: int, like: Tensor) -> Tensor:
+    return (torch.arange(like.shape[1]) < count).expand(like.shape)
+
+
+def forward(model: Any, tokens: Tensor, **more: Tensor) -> Tensor:
+    return model(input_ids=tokens, **more).logits.detach()
+
+
+@FAMILY
+@MODE
+@pytest.mark.parametrize(
+    ("target", "kv_policy"),
+    [("attention", "project"), ("attention", "drop"), ("mlp", "project"), ("block", "project"), ("block", "drop")],
+)
+def test_at_token_granularity_no_position_sees_later_ones(
+    family: str, training: bool, target: str, kv_policy: str
+) -> None:
+    model = routed(family, granularity="token", target=target, kv_policy=kv_policy).train(training)
+    tokens = ids(2, LENGTH)
+    before = forward(model, tokens)
+    for place in range(1, LENGTH):
+        after = forward(model, changed(tokens, place))
+        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-3)
+
+
+@FAMILY
+@MODE
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+def test_at_sequence_granularity_none_from_the_prompts_end_on(family: str, training: bool, target: str) -> None:
+    model, tokens = routed(family, target=target).train(training), ids(12, LENGTH)
+    prompt = first(PROMPT, tokens)
+    before = forward(model, tokens, prompt_mask=prompt)
+    for place in range(PROMPT, LENGTH):
+        after = forward(model, changed(tokens, place), prompt_mask=prompt)
+        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-5, rtol=1e-5)
+    # The prompt itself does decide: without this the test would hold for a route that is always the same.
+    inside = forward(model, changed(tokens, PROMPT - 1), prompt_mask=prompt)
+    assert not torch.allclose(inside[:, 0], before[:, 0], atol=1e-3)
+
+
+@MODE
+def test_labels_tell_the_prompt(training: bool) -> None:
+    model, tokens = routed().train(training), ids(4, LENGTH)
+    labels = tokens.masked_fill(first(PROMPT, tokens), -100)
+    out = model(input_ids=tokens, labels=labels)
+    prompt_alone = model(input_ids=tokens[:, :PROMPT])
+    for site, logits in out.depth_logits.items():
+        if site.layer == 0:  # higher layers see the same prompt, too, but through attention of their own length
+            torch.testing.assert_close(logits, prompt_alone.depth_logits[site])
+        torch.testing.assert_close(logits, prompt_alone.depth_logits[site], atol=1e-4, rtol=1e-4)
+    answer = changed(tokens, PROMPT)
+    other = model(input_ids=answer, labels=answer.masked_fill(first(PROMPT, tokens), -100))
+    for site, logits in out.depth_logits.items():
+        assert torch.equal(logits, other.depth_logits[site])
+
+
+def test_labelled_tokens_inside_a_conversation_are_not_pooled() -> None:
+    # Two labelled turns: what lies between them comes after the first answer, and is not the prompt.
+    model, tokens = routed().train(), ids(1, LENGTH)
+    labels = torch.full_like(tokens, -100)
+    labels[:, [3, 4, 8]] = tokens[:, [3, 4, 8]]
+    out, other = (model(input_ids=t, labels=labels) for t in (tokens, changed(tokens, 3)))
+    assert all(torch.equal(out.depth_logits[site], other.depth_logits[site]) for site in out.depth_logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_pooled_and_not_the_prompt(side: str) -> None:
+    model, batch = routed().train(), ragged([7, 4], side=side)
+    real = batch["attention_mask"].bool()
+    rank = real.cumsum(1)
+    labels = batch["input_ids"].masked_fill(~real | (rank <= 2), -100)
+    out = model(**batch, labels=labels)
+    for row in range(2):
+        one = model(input_ids=batch["input_ids"][row : row + 1, real[row]], labels=labels[row : row + 1, real[row]])
+        for site, logits in out.depth_logits.items():
+            torch.testing.assert_close(logits[row], one.depth_logits[site][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_mask_is_honoured_before_labels() -> None:
+    model, tokens = routed().train(), ids(3, LENGTH)
+    labels = tokens.masked_fill(first(6, tokens), -100)
+    by_mask = model(input_ids=tokens, labels=labels, prompt_mask=first(3, tokens))
+    by_labels = model(input_ids=tokens, labels=tokens.masked_fill(first(3, tokens), -100))
+    for site, logits in by_mask.depth_logits.items():
+        assert torch.equal(logits, by_labels.depth_logits[site])
+
+
+def test_a_prompt_mask_reaches_generation() -> None:
+    model, tokens = routed(), ids(3, LENGTH)
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    with_mask = model.generate(tokens, prompt_mask=first(PROMPT, tokens), **options)
+    assert with_mask.past_key_values.routes == model(input_ids=tokens[:, :PROMPT]).past_key_values.routes
+    assert with_mask.past_key_values.routes != model.generate(tokens, **options).past_key_values.routes
+
+
+# ---- plain text: a prefix of pseudo-random length is the prompt
+
+
+def prefix_lengths(tokens: Tensor, mask: Tensor | None = None) -> list[int]:
+    return content_prefix(tokens, torch.ones_like(tokens).bool() if mask is None else mask.bool()).sum(1).tolist()
+
+
+def test_the_prefix_depends_on_the_row_alone() -> None:
+    tokens = ids(6, 40)
+    alone = [prefix_lengths(tokens[row : row + 1])[0] for row in range(6)]
+    assert prefix_lengths(tokens) == alone
+    assert prefix_lengths(tokens.flip(0)) == alone[::-1]
+    for side in ("left", "right"):
+        batch = ragged([40, 24, 11, 1], side=side, total=50)
+        wanted = [prefix_lengths(row[mask.bool()][None])[0] for row, mask in zip(*batch.values(), strict=True)]
+        assert prefix_lengths(*batch.values()) == wanted
+        assert not (content_prefix(*map(torch.Tensor.clone, batch.values())) & (batch["attention_mask"] == 0)).any()
+
+
+def test_the_prefix_varies_and_leaves_something_to_score() -> None:
+    lengths = prefix_lengths(ids(200, 40))
+    assert min(lengths) >= 5
+    assert max(lengths) <= 30
+    assert len(set(lengths)) > 15
+
+
+def test_no_token_behind_the_prefix_changes_its_length() -> None:
+    tokens = ids(20, 40)
+    for row in tokens.split(1):
+        (length,) = prefix_lengths(row)
+        assert all(prefix_lengths(changed(row, place)) == [length] for place in range(length, 40))
+
+
+def test_in_plain_text_the_pooled_prefix_is_not_scored_and_decides() -> None:
+    model, tokens = routed().train(), ids(3, 24)
+    prefix = content_prefix(tokens, torch.ones_like(tokens).bool())
+    plain = model(input_ids=tokens, labels=tokens)
+    explicit = model(input_ids=tokens, labels=tokens.masked_fill(prefix, -100), prompt_mask=prefix)
+    torch.testing.assert_close(plain.loss, explicit.loss)
+    assert all(torch.equal(plain.depth_logits[site], explicit.depth_logits[site]) for site in plain.depth_logits)
+    whole = model(input_ids=tokens, labels=tokens, prompt_mask=prefix)
+    assert not torch.allclose(whole.loss, plain.loss)
+
+
+def test_at_token_granularity_every_label_is_scored() -> None:
+    model, tokens = routed(granularity="token").train(), ids(2, 12)
+    logits = model(input_ids=tokens).logits
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    out = model(input_ids=tokens, labels=tokens)
+    torch.testing.assert_close(out.loss - out.depth_loss, wanted)
+
+
+def test_the_callers_labels_are_left_alone() -> None:
+    model, tokens = routed().train(), ids(2, 12)
+    labels = tokens.clone()
+    model(input_ids=tokens, labels=labels)
+    assert torch.equal(labels, tokens)
+
+
+@FAMILY
+def test_a_prefill_in_one_piece_answers_as_the_masked_forward(family: str) -> None:
+    # The route of generation, from its prompt alone, is the one that training gives the same prompt.
+    model, tokens = routed(family), ids(4, LENGTH)
+    masked = model.train()(input_ids=tokens, prompt_mask=first(PROMPT, tokens))
+    model.eval()
+    cache = model(input_ids=tokens[:, :PROMPT]).past_key_values
+    for site, decision in masked.depth_trace.decisions.items():
+        assert decision.execute.tolist() == cache.routes[site]
+    rest = model(input_ids=tokens[:, PROMPT:], past_key_values=cache)
+    torch.testing.assert_close(rest.logits, masked.logits[:, PROMPT:].detach(), atol=1e-4, rtol=1e-4)
+    with fixed_routes(model, {site: torch.tensor(cache.routes[site]) for site in routing_of(model).sites}):
+        torch.testing.assert_close(forward(model, tokens)[:, PROMPT:], rest.logits, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,160 @@
+"""Skipping is real: no kernel of the base module runs for what skips, and the host asks the device for almost nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from small import ALL, FAMILIES, LAYERS, bare, ids, mixed, ragged, routed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynadepth import Site, StaticConfig, attach, fixed_routes, routing_of
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what makes the host wait for the device: `.item()`, `bool(tensor)`, `.nonzero()`; `.tolist()` by its patch."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__.split("::")[-1] in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Transfers]:
+    counted = Transfers()
+
+    def patched(name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = counted.count
+            result = original(self, *args, **kwargs)
+            counted.count = before + 1  # one transfer, however many numbers
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch, counted:
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, patched(name))
+        yield counted
+
+
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_host_transfer_a_site_at_prefill_and_none_at_decode(
+    monkeypatch: pytest.MonkeyPatch, target: str, padded: bool
+) -> None:
+    model, dense = routed(target=target), bare()
+    batch = ragged([6, 2, 4] if padded else [5, 5, 5])
+    steps = [batch, {"input_ids": ids(3, 1), "attention_mask": torch.ones(3, batch["input_ids"].shape[1] + 1)}]
+    counts = []
+    for subject in (dense, model):
+        cache = None
+        for step in steps:
+            with transfers(monkeypatch) as counted:
+                cache = subject(**step, past_key_values=cache, use_cache=True).past_key_values
+            counts.append(counted.count)
+    dense_prefill, dense_decode, prefill, decode = counts
+    assert 0 < prefill - dense_prefill <= LAYERS
+    assert decode == dense_decode
+    assert len(set(zip(*cache.routes.values(), strict=True))) > 1
+
+
+def test_the_counter_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with transfers(monkeypatch) as counted:
+        ones = torch.ones(3)
+        ones.tolist(), ones.sum().item(), bool(ones.all()), ones.nonzero(), int(ones[0])
+    assert counted.count == 5
+
+
+def test_known_routes_need_at_most_one_transfer_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, static = bare(), attach(bare(), StaticConfig(skip=(1, 2)))
+    counts = []
+    for subject in (dense, static):
+        with transfers(monkeypatch) as counted:
+            subject(**ragged([6, 2, 4]))
+        counts.append(counted.count)
+    assert counts[1] - counts[0] <= 1
+
+
+@contextmanager
+def kernels(model: Any) -> Iterator[Counter[tuple[int, str]]]:
+    """Counts tokens (rows x length) that each projection of each layer computes."""
+    seen: Counter[tuple[int, str]] = Counter()
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        for part in PARTS:
+
+            def count(module: Any, args: Any, output: Any, key: tuple[int, str] = (index, part)) -> None:
+                seen[key] += output.shape[:-1].numel()
+
+            hooks.append(layer.get_submodule(part).register_forward_hook(count))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@FAMILY
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+def test_skipped_rows_run_nothing_and_store_nothing(family: str, target: str) -> None:
+    model, decisions = routed(family, target=target), {Site(s.layer, target): d for s, d in mixed(3).items()}
+    decisions[Site(3, target)] = torch.zeros(3, dtype=torch.bool)
+    with fixed_routes(model, decisions), kernels(model) as seen:
+        cache = model(input_ids=ids(3, 5)).past_key_values
+        model(input_ids=ids(3, 1), past_key_values=cache)
+    for layer in ALL:
+        rows = int(decisions[Site(layer, target)].sum())
+        for part in PARTS:
+            is_routed = target == "block" or (target == "attention") == part.startswith("self_attn")
+            assert seen[layer, part] == 6 * (rows if is_routed else 3)
+        if target != "mlp":
+            held = cache.layers[layer]
+            assert (held.keys.shape[0] if held.is_initialized else 0) == rows
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("target", "kv_policy"), [("attention", "project"), ("attention", "drop"), ("mlp", "project"), ("block", "drop")]
+)
+def test_skipped_tokens_run_nothing(family: str, target: str, kv_policy: str) -> None:
+    model = routed(family, target=target, granularity="token", kv_policy=kv_policy)
+    # As many tokens in each row, so that no row is filled up to the longest.
+    execute = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute)), kernels(model) as seen:
+        model(input_ids=ids(2, 6))
+    for layer in ALL:
+        for part in PARTS:
+            is_routed = target == "block" or (target == "attention") == part.startswith("self_attn")
+            projected = kv_policy == "project" and part in ("self_attn.k_proj", "self_attn.v_proj")
+            assert seen[layer, part] == (6 if is_routed and not projected else 12), part
+
+
+def test_a_static_route_asks_no_router_and_pools_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynadepth.routing.granularity import PerSequence
+    from dynadepth.routing.router import ConstantRouter
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a static route needs neither")
+
+    monkeypatch.setattr(PerSequence, "pool", never)
+    monkeypatch.setattr(ConstantRouter, "forward", never)
+    model = attach(bare(), StaticConfig(skip=(1, 2)))
+    with kernels(model) as seen:
+        model.generate(**ragged([5, 2]), max_new_tokens=3, do_sample=False)
+        model.train()(input_ids=ids(2, 4))
+    assert seen[0, PARTS[0]]
+    assert seen[1, "self_attn.q_proj"] == seen[2, "self_attn.q_proj"] == 8  # the masked forward's alone
