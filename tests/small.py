@@ -1,7 +1,7 @@
 """Two tiny random models, their routed forms, and padded prompts: what the tests of the mechanism share.
 
-The weights are large enough for every sublayer to matter, so that a wrong row, mask or key shows in the logits, and routers are
-random, so that rows take different routes.
+The weights are large enough for every sublayer to matter, so that a wrong row, mask or key shows in the logits, and
+routers are random, so that rows take different routes.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import dynadepth
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError
+from dynadepth.routing.skip_path import AbstractSkipPath
 from parity.models import FAMILIES, VOCABULARY, WIDTH, tiny
 
 WORK = [(0, 5), (0, 9), (3, 4), (9, 1), (12, 5)]  # (past, tokens), below and beyond the window of 5
@@ -154,6 +155,23 @@ def test_share_at_token_granularity(policy, kept_tokens):
     held = sum(t.numel() for layer in cache for t in (layer.keys, layer.values) if t is not None)
     dense_kv = sum(cost.kv_bytes(model, i, 8) for i in range(4))
     assert cost.kv_share(model, keep, 8) == pytest.approx(held * 4 / dense_kv)
+
+
+def test_skip_paths_are_counted_for_what_skips():
+    class Surrogate(AbstractSkipPath):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.linear(hidden)
+
+    model, site = routed("llama"), Site(1, "attention")
+    keep = {site: 0.25}
+    before = cost.flops_share(model, keep, 9, scored=9).model
+    dynadepth.routing_of(model).states[site].skip_path = Surrogate()
+    after = cost.flops_share(model, keep, 9, scored=9).model
+    assert (after - before) * dense_flops(model, 9) == pytest.approx(0.75 * 2 * 9 * WIDTH * WIDTH)
 
 
 def test_kv_share_weights_layers_by_what_they_store():

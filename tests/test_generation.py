@@ -1,6 +1,8 @@
-"""`generate()` on routed models: whatever the mode, each row of a batch does what it does alone, under its own sticky route.
+"""`generate()` on routed models: whatever the mode, each row of a batch does what it does alone, on its own sticky
+route.
 
-Compared are the logits of every step, not the tokens alone: a lost key changes few tokens of a tiny model, but every logit.
+Compared are the logits of every step, not the tokens alone: a lost key changes few tokens of a tiny model, but every
+logit.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import FAMILIES, KINDS, VOCABULARY, alone, bare, ids, ragged, routed
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from dynadepth import disabled, fixed_routes, recording, routing_of
+from small import FAMILIES, KINDS, VOCABULARY, alone, bare, ids, ragged, routed
 
 NEW = 7
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
@@ -123,7 +125,9 @@ def test_num_return_sequences_share_the_route_of_their_prompt(granularity: str, 
     many = generate(model, batch, do_sample=True, num_return_sequences=3)
     assert many.sequences.shape[0] == 6
     for row in range(6):
-        assert route_of(many.past_key_values, row) == route_of(generate(model, alone(batch, row // 3)).past_key_values, 0)
+        assert route_of(many.past_key_values, row) == route_of(
+            generate(model, alone(batch, row // 3)).past_key_values, 0
+        )
         drawn = iter(many.sequences[row, -NEW:].tolist())
         led = generate(model, alone(batch, row // 3), prefix_allowed_tokens_fn=lambda _, __, drawn=drawn: [next(drawn)])
         same(led, many, row)
@@ -249,7 +253,9 @@ def test_a_routed_assistant_never_changes_a_dense_models_words(family: str, gran
 
 @FAMILY
 @KIND
-def test_a_dense_assistants_draft_does_not_change_a_routed_models_route(family: str, granularity: str, kv_policy: str) -> None:
+def test_a_dense_assistants_draft_does_not_change_a_routed_models_route(
+    family: str, granularity: str, kv_policy: str
+) -> None:
     main = routed(family, granularity=granularity, kv_policy=kv_policy)
     for seed in range(3):
         prompt = {"input_ids": ids(1, 3, seed=seed)}

@@ -25,9 +25,15 @@ _WHERE = {
     "KeepRatio": "routing.decision",
     "Site": "routing.decision",
     "recording": "routing.recorder",
-    **dict.fromkeys(
-        ("attach", "detach", "disabled", "fixed_routes", "is_attached", "load", "routing_of", "save", "set_budget"), "model"
-    ),
+    "attach": "model",
+    "detach": "model",
+    "disabled": "model",
+    "fixed_routes": "model",
+    "is_attached": "model",
+    "load": "model",
+    "routing_of": "model",
+    "save": "model",
+    "set_budget": "model",
 }
 
 __all__ = [

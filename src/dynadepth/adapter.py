@@ -1,4 +1,5 @@
-"""Routers on disk: one JSON file that says what they are and for which model, one safetensors file with their tensors."""
+"""Routers on disk: one JSON file that says what they are and for which model, one safetensors file with their
+tensors."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def check_identity(directory: Path, made_for: dict[str, Any], model: dict[str, A
             raise AdapterError(f"{names}: {key} is {made_for.get(key)!r} there and {model[key]!r} here.")
     if strict and made_for.get("fingerprint") != model["fingerprint"]:
         raise AdapterError(
-            f"{names}: the fingerprint of the weights is {made_for.get('fingerprint')} there and {model['fingerprint']} "
-            "here; load(..., strict=False) accepts other weights of the same shape."
+            f"{names}: the fingerprint of the weights is {made_for.get('fingerprint')} there and "
+            f"{model['fingerprint']} here; load(..., strict=False) accepts other weights of the same shape."
         )
 
 
@@ -119,7 +120,8 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     blob = (directory / WEIGHTS).read_bytes()
     if hashlib.sha256(blob).hexdigest() != document.get("sha256"):
         raise AdapterError(
-            f"{directory / WEIGHTS} is truncated or was changed (its SHA-256 is not the one in {CONFIG}): save the routers again."
+            f"{directory / WEIGHTS} is truncated or was changed (its SHA-256 is not the one in {CONFIG}): "
+            "save the routers again."
         )
     for key in ("config", "base_model"):
         if not isinstance(document.get(key), dict):

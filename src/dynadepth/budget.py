@@ -1,4 +1,5 @@
-"""From scores to budgets: how much each sublayer matters, which ones a static route skips, and which thresholds keep a share.
+"""From scores to budgets: how much each sublayer matters, which ones a static route skips, and which thresholds keep a
+share.
 
 Everything here looks at prompts only: `batches` are dicts with `input_ids` and `attention_mask` (`[B, T]`).
 """
@@ -55,9 +56,9 @@ def prompts_to_batches(prompts: Iterable[Sequence[int]], pad: int, batch_size: i
 def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, float]:
     """1 − cosine of the residual stream before and after each sublayer of a target, mean over real tokens.
 
-    Measured in the dense model, on the residual stream itself (after any post-norm), so that families whose sublayers end
-    in a norm are scored alike. Source: block influence (ShortGPT, arXiv 2403.03853, Eq. 1), as LLM-Drop applies it to
-    sublayers (arXiv 2406.15786, section 3).
+    Measured in the dense model, on the residual stream itself (after any post-norm), so that families whose sublayers
+    end in a norm are scored alike. Source: block influence (ShortGPT, arXiv 2403.03853, Eq. 1), as LLM-Drop applies it
+    to sublayers (arXiv 2406.15786, section 3).
     """
     base = unwrapped(model)
     spec = spec_for(base)
@@ -124,8 +125,8 @@ def calibrate(
 ) -> Calibration:
     """Measures, on prompts, which threshold keeps which share of the routed units; stores it in the model's routing.
 
-    For each share it searches twice: the quantile of the logits seen under the last threshold, then of those seen under the
-    new one, since skipping a lower site changes what the routers above see. The routers' thresholds are as before
+    For each share it searches twice: the quantile of the logits seen under the last threshold, then of those seen under
+    the new one, since skipping a lower site changes what the routers above see. The routers' thresholds are as before
     afterwards.
     """
     routing = routing_of(model)

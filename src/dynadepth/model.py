@@ -1,4 +1,5 @@
-"""Attaching routers to an ordinary pretrained model, taking them off, saving and loading them, and moving their budget."""
+"""Attaching routers to an ordinary pretrained model, taking them off, saving and loading them, and moving their
+budget."""
 
 from __future__ import annotations
 
@@ -82,10 +83,12 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, under a PeftModel if there is one."""
     if isinstance(model, PreTrainedModel):
         return model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else None
+    find: Any = getattr(model, "get_base_model", None)
+    base = find() if find else None
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel (or a PeftModel around one): nothing to route."
+            f"{type(model).__name__} is not a transformers PreTrainedModel (or a PeftModel around one): "
+            "nothing to route."
         )
     return base
 
@@ -108,9 +111,10 @@ def routing_of(model: nn.Module) -> Routing:
 def attach(model: M, config: DepthConfig) -> M:
     """Routes a pretrained model in place and returns it.
 
-    The backbone is frozen (a PeftModel keeps its own choice of trainable parameters); the new routers are trainable, float32.
-    Parameter names do not change. Raises UnsupportedModelError where the probe finds that the model cannot be routed as
-    asked (it is left as it was), ConfigError for a layer that does not exist or a model that is already routed.
+    The backbone is frozen (a PeftModel keeps its own choice of trainable parameters); the new routers are trainable,
+    float32. Parameter names do not change. Raises UnsupportedModelError where the probe finds that the model cannot be
+    routed as asked (it is left as it was), ConfigError for a layer that does not exist or a model that is already
+    routed.
     """
     base = unwrapped(model)
     if is_attached(base):
@@ -179,8 +183,9 @@ def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_
             if not isinstance(getattr(stack[index], part, None), nn.Module):
                 children = ", ".join(name for name, _ in stack[index].named_children())
                 raise UnsupportedModelError(
-                    f"{type(base).__name__} cannot be routed at layer {index}: its {type(stack[index]).__name__} has no "
-                    f"{part!r} (it has {children}). Only layers with attention and MLP can be routed: name such layers in `layers`, or "
+                    f"{type(base).__name__} cannot be routed at layer {index}: its {type(stack[index]).__name__} has "
+                    f"no {part!r} (it has {children}). Only layers with attention and MLP can be routed: name such "
+                    "layers in `layers`, or "
                     "declare parts of other names in a new file of dynadepth/architectures."
                 )
     sites = tuple(Site(index, target.name) for index in chosen)
@@ -233,7 +238,7 @@ def detach(model: M) -> M:
     for module in base.modules():
         function = vars(module).get("_gradient_checkpointing_func")
         if function is not None:
-            module._gradient_checkpointing_func = getattr(function, "__wrapped__", function)  # type: ignore[assignment]
+            module._gradient_checkpointing_func = getattr(function, "__wrapped__", function)
     if routing.input_grads:
         base.enable_input_require_grads()
     return model
@@ -267,8 +272,8 @@ def fixed_routes(model: nn.Module, decisions: Mapping[Site, Injection]) -> Itera
 def set_budget(model: nn.Module, **budgets: float) -> None:
     """Lets the share `attention=0.75` of *all* sublayers of the target execute, by moving the routers' thresholds.
 
-    1.0 executes everything. Raises BudgetError for a share outside (0, 1], one below what the routed sites can reach, or
-    routers without calibration (`dynadepth.budget.calibrate`).
+    1.0 executes everything. Raises BudgetError for a share outside (0, 1], one below what the routed sites can reach,
+    or routers without calibration (`dynadepth.budget.calibrate`).
     """
     routing = routing_of(model)
     name = routing.target.name

@@ -67,7 +67,7 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """`cpu`, the `cores` that this process may use, `threads` and `gpu` of a loaded torch, `memory_gb` of the machine."""
+    """`cpu`, `cores` that this process may use, `threads` and `gpu` of a loaded torch, `memory_gb` of the machine."""
     torch = sys.modules.get("torch")
     gpu = None
     if torch is not None and torch.cuda.is_available():

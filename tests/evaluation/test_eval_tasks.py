@@ -6,11 +6,13 @@ import sys
 from typing import ClassVar
 
 import pytest
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 
 from dynadepth.errors import DataError, DynadepthError
 from dynadepth.evaluation.formats import FORMATS, QUERY, QUESTION, format_of, usual_metric
 from dynadepth.evaluation.lm_eval import DynadepthLM
-from dynadepth.evaluation.tasks import QUESTIONS, load_tasks, run_tasks
+from dynadepth.evaluation.tasks import QUESTIONS, Tasks, load_tasks, run_tasks
 
 CHOICES = {"choices": ["a star", "a moon"], "gold": 1}
 ROWS = {
@@ -156,6 +158,24 @@ def test_a_task_runs_again_with_the_same_numbers(routed, tokenizer, folder):
     lm = DynadepthLM(routed, tokenizer=tokenizer, batch_size=4)
     loaded = load_tasks(["arc_easy", "winogrande", "gsm8k_test"], folder)
     assert run_tasks(lm, loaded, limit=2) == run_tasks(lm, loaded, limit=2)
+
+
+def test_every_run_sees_the_same_examples(oracle, monkeypatch):
+    rows = [ROWS["arc_easy"] | {"query": f"What is {i}?"} for i in range(9)]
+    config = QUESTION.config("shots") | {"num_fewshot": 2, "fewshot_split": "test"}
+    config["custom_dataset"] = lambda **_: {
+        "test": Dataset.from_list([{k: r[k] for k in QUESTION.fields} for r in rows])
+    }
+    loaded = Tasks({"shots": ConfigurableTask(config=config)}, {"shots": ["shots"]})
+    asked = []
+    score = oracle.loglikelihood
+    monkeypatch.setattr(
+        oracle, "loglikelihood", lambda requests: asked.append([r.args for r in requests]) or score(requests)
+    )
+    run_tasks(oracle, loaded)
+    run_tasks(oracle, loaded)
+    assert asked[0] == asked[1]
+    assert asked[0][0][0].count("Question:") == 3
 
 
 def test_the_bundled_questions_need_no_folder(oracle, tmp_path):

@@ -23,6 +23,8 @@ def folder(tmp_path):
     ]
     for name in ("arc_easy", "sums"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [{"id": str(i), "context": f"{i} and {i} make", "continuation": str(2 * i)} for i in range(6)]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
     (tmp_path / "text.txt").write_text("One and one are two, and two and two are four. " * 60)
     return tmp_path
 
@@ -61,13 +63,15 @@ def test_everything_at_once(routed, tokenizer, folder):
 
 
 def test_the_dense_block_is_the_bare_model(llama, tokenizer, folder):
-    options = {"tasks": ["sums"], "task_data": folder, "perplexity": [folder / "text.txt"], "max_windows": 2}
+    options = {"tasks": ["sums", "words"], "task_data": folder, "perplexity": [folder / "text.txt"], "max_windows": 2}
     with pytest.warns(UserWarning, match="windows of 512 tokens"):
         bare = evaluate(llama, tokenizer, **options)
     assert bare["keep_ratio"] is bare["flops_share"] is bare["kv_share"] is bare["dense"] is bare["kl"] is None
     with pytest.warns(UserWarning, match="windows of 512 tokens"):
         found = evaluate(route_by_content(llama), tokenizer, **options, compare_dense=True)
-    assert found["dense"]["tasks"] == bare["tasks"]
+    assert found["dense"]["tasks"]["sums"] == bare["tasks"]["sums"]
+    assert found["dense"]["tasks"]["words"] == pytest.approx(bare["tasks"]["words"])
+    assert found["tasks"]["words"]["perplexity"] != pytest.approx(bare["tasks"]["words"]["perplexity"], rel=0.01)
     (dense,), (alone,) = found["dense"]["perplexity"].values(), bare["perplexity"].values()
     assert dense == pytest.approx(alone)
     assert found["perplexity"] != bare["perplexity"]

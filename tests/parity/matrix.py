@@ -1,7 +1,7 @@
 """The cells of the parity matrix, their inputs and their decisions.
 
-A cell is a target at a granularity (and, where keys of skipped tokens are a question, a KV policy). Targets, granularities
-and methods are found where the package finds them: a new one is in the matrix without an edit here.
+A cell is a target at a granularity (and, where keys of skipped tokens are a question, a KV policy). Targets,
+granularities and methods are found where the package finds them: a new one is in the matrix without an edit here.
 
 Shape suffixes: B sequences, T tokens. Padding is on the left or on the right, of another amount in each row.
 """
@@ -126,8 +126,8 @@ def decisions(cell: Cell, seed: int = 0) -> dict[Site, Tensor]:
 
 @torch.no_grad()
 def routed(name: str, cell: Cell, batch: dict[str, Tensor], seed: int = 0, **options: Any) -> Any:
-    """A fresh tiny model with random routers that disagree: each threshold lies in the widest gap between the middle logits
-    of this batch, far from all of them."""
+    """A fresh tiny model with random routers that disagree: each threshold lies in the widest gap between the middle
+    logits of this batch, far from all of them."""
     model = cell.attach(tiny(name))
     generator = torch.Generator().manual_seed(seed)
     real = batch["attention_mask"].bool()

@@ -1,7 +1,7 @@
 """Tiny random models of every architecture that the parity matrix covers, built in memory.
 
-Widths are a few dozen, windows are shorter than the test sequences, and norm weights and biases are far from one and zero, so
-that a mistake in any of them shows. Nothing is loaded from anywhere.
+Widths are a few dozen, windows are shorter than the test sequences, and norm weights and biases are far from one and
+zero, so that a mistake in any of them shows. Nothing is loaded from anywhere.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
-            # Embeddings [V, D] as they are; linear weights [out, in], and gpt-oss's experts [E, in, out], by their fan-in.
+            # Embeddings [V, D] as they are; linear weights [out, in], and gpt-oss's experts [E, in, out], by their
+            # fan-in.
             fan_in = parameter.shape[1] if parameter.dim() == 3 else parameter.shape[-1]
             parameter.copy_(noise if "embed" in name else noise / fan_in**0.5)
         elif name.endswith("norm.weight"):

@@ -41,8 +41,8 @@ def form(model: Any) -> list[tuple[str, type, list[str], dict[str, Any]]]:
 @over(MATRIX)
 def test_execute_all_is_the_bare_model(name: str, cell: Cell) -> None:
     model, batch = tiny(name), inputs()
-    # Frozen but for the norms: PyTorch multiplies by another kernel where a matrix requires gradients, even when none are
-    # recorded. The norms show whether `detach` puts back what was there.
+    # Frozen but for the norms: PyTorch multiplies by another kernel where a matrix requires gradients, even when none
+    # are recorded. The norms show whether `detach` puts back what was there.
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 1)
     before, wanted, steps = form(model), model(**batch).logits, generated(model, batch)

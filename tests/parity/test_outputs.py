@@ -70,3 +70,20 @@ def test_attentions_where_nothing_executes(name: str, cell: Cell) -> None:
     for out, bare in zip(in_chunks(model, batch, CHUNKS, nothing, output_attentions=True), dense, strict=True):
         assert [weights.shape for weights in out.attentions] == [weights.shape for weights in bare.attentions]
         assert not any(weights.any() for weights in out.attentions)
+
+
+@over([pair for pair in MATRIX if pair[0] in ("mixtral", "olmoe", "gpt_oss")])
+def test_router_logits_of_experts_stay_the_models_own(name: str, cell: Cell) -> None:
+    model, batch, given = tiny(name), inputs(), decisions(cell)
+    # Scored after a prompt, which a sequence-level router pools: without one it would take some of the scored tokens.
+    batch["labels"] = batch["input_ids"].masked_fill(torch.arange(TOKENS) < 6, -100)
+    wanted = reference(model, cell, given, batch, output_router_logits=True)
+    real_shape = batch["attention_mask"].shape
+    cell.attach(model)
+    with torch.no_grad(), dynadepth.fixed_routes(model, given):
+        for training in (False, True):
+            out = model.train(training)(**batch, output_router_logits=True)
+            assert_same(out.aux_loss, wanted.aux_loss)
+            assert_same(out.loss, wanted.loss)
+            for found, want in zip(out.router_logits, wanted.router_logits, strict=True):
+                assert_same(found.view(*real_shape, -1), want.view(*real_shape, -1), batch["attention_mask"])

@@ -1,4 +1,5 @@
-"""Semantic 2: one decision, three paths. Dense masked, sparse, and prefill + decode do what an independent oracle does."""
+"""Semantic 2: one decision, three paths. Dense masked, sparse, and prefill + decode do what an independent oracle
+does."""
 
 from __future__ import annotations
 

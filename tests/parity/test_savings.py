@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import dynadepth
 
-from .matrix import BATCH, MATRIX, TOKENS, Cell, in_chunks, inputs, over
+from .matrix import BATCH, MATRIX, TOKENS, Cell, in_chunks, inputs, over, routed
 from .models import LAYERS, tiny
 from .oracle import attention_of, layers_of, module_of
 
@@ -124,3 +126,37 @@ def test_skipped_units_store_nothing(name: str, cell: Cell) -> None:
     assert cache.reserved_bytes() >= wanted
     if not (cell.has_policy and cell.kv_policy == "drop"):
         assert cache.reserved_bytes() == wanted
+
+
+@contextmanager
+def host_transfers() -> Iterator[list[str]]:
+    """What the package's own code asks of a tensor's values on the host: one entry a question, with the line that
+    asked."""
+    asked: list[str] = []
+    names = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(torch.Tensor, name, _noting(name, getattr(torch.Tensor, name), asked))
+        yield asked
+
+
+def _noting(name: str, method: Any, asked: list[str]) -> Any:
+    def noted(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        if frame.f_globals["__name__"].startswith("dynadepth"):
+            asked.append(f"{name} in {frame.f_globals['__name__']}:{frame.f_lineno}")
+        return method(self, *args, **kwargs)
+
+    return noted
+
+
+@over([pair for pair in MATRIX if pair[0] in ("llama", "gemma3", "gpt_oss")])
+def test_host_transfers(name: str, cell: Cell) -> None:
+    batch = inputs()
+    model, last = routed(name, cell, batch), TOKENS - 1
+    with torch.no_grad(), host_transfers() as asked:
+        cache = model(batch["input_ids"][:, :last], attention_mask=batch["attention_mask"][:, :last]).past_key_values
+        assert 1 <= len(asked) <= LAYERS, asked
+        asked.clear()
+        model(batch["input_ids"][:, last:], attention_mask=batch["attention_mask"], past_key_values=cache)
+        assert len(asked) <= (0 if cell.sticky else LAYERS), asked

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import dynadepth
 from dynadepth import hub
 from dynadepth.errors import DataError
-from dynadepth.report import demo, measure
+from dynadepth.report import demo, measure, tuned
 from dynadepth.report.html import render
 from dynadepth.report.samples import answers, read_prompts
 from dynadepth.report.summary import VARIANTS, rows, verdict
@@ -73,38 +75,32 @@ def test_story_can_be_shown(told):
 
 def test_second_run_uses_the_routers_again(told, settings, model_folder, monkeypatch):
     out, first, _ = told
-    monkeypatch.setattr(demo, "tune", lambda *_, **__: pytest.fail("tuned again"))
+    monkeypatch.setattr(tuned, "tune", lambda *_, **__: pytest.fail("tuned again"))
     model, tokenizer = hub.load_model(model_folder), hub.load_tokenizer(model_folder)
-    again = demo._routers(out / "routers", model, tokenizer, [None] * 12, demo.load_recipe(), settings, print)
+    again = tuned.tuned_routers(
+        out / "routers", model, tokenizer, [None] * 12, demo.load_recipe(), name=settings.model, budget=settings.budget,
+        seed=settings.seed, detail=print,
+    )  # fmt: skip
     assert again["reused"] is True
     assert again["losses"] == first["tuning"]["losses"]
     assert answers(model, tokenizer, settings.prompts, 3) == [s["answers"]["routed"] for s in first["samples"]]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"budget": 0.5}, {"max_samples": 10}])
-def test_other_settings_tune_again(told, settings, change, model_folder):
-    out, _, _ = told
-    from dataclasses import replace
-
+def test_only_routers_of_the_same_run_are_used_again(told, settings, model_folder, tmp_path):
     model, recipe = hub.load_model(model_folder), demo.load_recipe()
-    wanted = replace(settings, **change)
-    samples = wanted.max_samples or 0
-    assert demo._is_reusable(out / "routers", model, recipe, settings, 12)
-    assert not demo._is_reusable(out / "routers", model, recipe, wanted, samples)
-    assert not demo._is_reusable(out / "routers", model, replace(recipe, epochs=1.0), settings, 12)
-    assert not demo._is_reusable(out, model, recipe, settings, 12)
-
-
-def test_routers_of_an_interrupted_run_are_not_used(told, settings, model_folder, tmp_path):
-    import shutil
-
-    shutil.copytree(told[0] / "routers", tmp_path / "routers")
-    config = tmp_path / "routers" / "routing_config.json"
+    folder = shutil.copytree(told[0] / "routers", tmp_path / "routers")
+    same = {"name": settings.model, "budget": settings.budget, "seed": settings.seed, "n_samples": 12}
+    assert tuned.is_reusable(folder, model, recipe, **same)
+    for change in ({"budget": 0.5}, {"seed": 1}, {"n_samples": 10}):
+        assert not tuned.is_reusable(folder, model, recipe, **same | change)
+    assert not tuned.is_reusable(folder, model, replace(recipe, epochs=1.0), **same)
+    assert not tuned.is_reusable(tmp_path, model, recipe, **same)
+    config = folder / "routing_config.json"
     document = json.loads(config.read_text(encoding="utf-8"))
-    document["provenance"]["stopped"] = {"step": 3, "why": "interrupted"}
-    config.write_text(json.dumps(document), encoding="utf-8")
-    model = hub.load_model(model_folder)
-    assert not demo._is_reusable(tmp_path / "routers", model, demo.load_recipe(), settings, 12)
+    for change in ({"stopped": {"step": 3, "why": "interrupted"}}, {"run": {}}, {"result": None}):
+        changed = document | {"provenance": document["provenance"] | change}
+        config.write_text(json.dumps(changed), encoding="utf-8")
+        assert not tuned.is_reusable(folder, model, recipe, **same)
 
 
 def test_twins_skip_the_least_important(routed):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from small import KINDS, bare, ids, mixed, ragged, routed
 
 from dynadepth import Site, disabled, fixed_routes, recording, routing_of
 from dynadepth.routing import context as contexts
+from small import KINDS, bare, ids, mixed, ragged, routed
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 OPTIONS = {"max_new_tokens": 12, "do_sample": False}
@@ -150,7 +150,9 @@ def test_one_models_context_is_not_anothers() -> None:
 def test_nothing_of_a_forward_stays_on_the_model() -> None:
     model = routed()
     kept = {name: set(vars(module)) for name, module in model.named_modules()}
-    values = {key: value for module in model.modules() for key, value in vars(module).items() if key.startswith("depth")}
+    values = {
+        key: value for module in model.modules() for key, value in vars(module).items() if key.startswith("depth")
+    }
     model.generate(**ragged([5, 2]), **OPTIONS)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == kept
     for state in routing_of(model).states.values():

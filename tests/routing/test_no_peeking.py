@@ -1,7 +1,7 @@
 """Nothing that comes later changes what came before, and no route knows its answer.
 
-At token granularity that holds for every position; at sequence granularity from the prompt's last token on, since the route is
-decided from the whole prompt.
+At token granularity that holds for every position; at sequence granularity from the prompt's last token on, since the
+route is decided from the whole prompt.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import FAMILIES, VOCABULARY, ids, ragged, routed
 from torch import Tensor
 
 from dynadepth import fixed_routes, routing_of
 from dynadepth.routing.forward import content_prefix
+from small import FAMILIES, VOCABULARY, ids, ragged, routed
 
 LENGTH, PROMPT = 10, 4
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import KINDS, bare, ids, ragged, routed
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
 from dynadepth import Site, StaticConfig, attach, detach, disabled, fixed_routes
 from dynadepth.errors import ConfigError, UnsupportedCacheError
 from dynadepth.routing.call import SublayerCall
+from small import KINDS, bare, ids, ragged, routed
 
 PROMPT = {"input_ids": ids(2, 4), "max_new_tokens": 2, "do_sample": False}
 DENSE = re.escape("dynadepth.disabled(model)")
@@ -42,7 +42,9 @@ def test_a_static_cache_works_dense() -> None:
     assert torch.equal(found, bare().generate(**PROMPT))
 
 
-@pytest.mark.parametrize("method", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+@pytest.mark.parametrize(
+    "method", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+)
 def test_continuous_batching(method: str) -> None:
     model, arguments = routed(), ([[1, 2]],) if method == "generate_batch" else ()
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""`RoutedCache` as a set of logical rows: random reorderings, selections, repetitions and crops against a slow reference.
+"""`RoutedCache` as a set of logical rows: random reorderings, selections, repetitions and crops against a slow one.
 
-The reference keeps, for each logical row, its tokens and the route that its prompt got when it was prefilled alone; what a row
-must answer next is a fresh forward of those tokens under that route, without any cache.
+The slow reference keeps, for each logical row, its tokens and the route that its prompt got when it was prefilled
+alone; what a row must answer next is a fresh forward of those tokens under that route, without any cache.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, ids, mixed, ragged, routed
 from torch import Tensor
 from transformers import DynamicCache
 
-from dynadepth import Site, disabled, fixed_routes, routing_of
-from dynadepth.errors import UnsupportedCacheError
-from dynadepth.routing.cache import RoutedCache
+from dynadepth import Site, fixed_routes, routing_of
 from dynadepth.routing.sparse_layer import SparseLayer
+from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, ids, mixed, ragged, routed
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -190,7 +188,11 @@ def test_kv_bytes_are_those_of_executed_rows(family: str) -> None:
         cache = model(input_ids=ids(3, tokens)).past_key_values
     held = [min(tokens, WINDOW - 1) if family == "gemma3" and layer % 2 == 0 else tokens for layer in ALL]
     executed = [sum(mixed(3)[Site(layer, "attention")].tolist()) for layer in ALL]
-    assert cache.kv_bytes() == cache.reserved_bytes() == SITE_BYTES * sum(h * n for h, n in zip(held, executed, strict=True))
+    assert (
+        cache.kv_bytes()
+        == cache.reserved_bytes()
+        == SITE_BYTES * sum(h * n for h, n in zip(held, executed, strict=True))
+    )
     assert 0 < sum(executed) < 3 * LAYERS
 
 
@@ -214,99 +216,3 @@ def test_sliding_layers_under_drop_do_not_grow_for_ever() -> None:
     assert isinstance(cache.layers[0], SparseLayer)
     assert cache.layers[0].keys.shape[2] <= 2 * WINDOW + 1
     torch.testing.assert_close(found, model(input_ids=new).logits[:, -1], atol=1e-4, rtol=1e-4)
-
-
-# ---- adoption, clearing, and who may fill it
-
-
-@KIND
-def test_cropped_to_nothing_it_decides_anew(granularity: str, kv_policy: str) -> None:
-    model = routed(granularity=granularity, kv_policy=kv_policy)
-    cache = model(**ragged([5, 2])).past_key_values
-    cache.crop(-5)
-    assert (cache.seen, cache.routes, cache.kv_bytes()) == (0, {}, 0)
-    batch = {"input_ids": ids(3, 4, seed=3)}
-    again, fresh = model(**batch, past_key_values=cache), model(**batch)
-    assert again.past_key_values is cache
-    assert torch.equal(again.logits, fresh.logits)
-    assert cache.routes == fresh.past_key_values.routes
-
-
-@FAMILY
-@KIND
-def test_a_dense_forward_may_fill_an_emptied_cache(family: str, granularity: str, kv_policy: str) -> None:
-    model, prompt = routed(family, granularity=granularity, kv_policy=kv_policy), ids(2, 6)
-    cache = model(input_ids=prompt).past_key_values
-    cache.reset()
-    with disabled(model):
-        steps = [model(input_ids=prompt[:, i : i + 2], past_key_values=cache).logits for i in (0, 2, 4)]
-        dense = model(input_ids=prompt).logits
-    assert type(cache) is DynamicCache
-    torch.testing.assert_close(torch.cat(steps, 1), dense, atol=1e-4, rtol=1e-4)
-
-
-def test_flags_of_the_callers_cache_survive() -> None:
-    model, cache = routed("gemma3"), DynamicCache(config=routed("gemma3").config, offloading=True)
-    cache.activate_past_recording()
-    stream = cache.prefetch_stream
-    adopted = RoutedCache.adopt(cache, LAYERS, routing_of(model).layout)
-    assert adopted is cache
-    assert cache.offloading
-    assert cache.prefetch_stream is stream
-    assert [getattr(layer, "record_past", None) for layer in cache.layers] == [True, None, True, None]
-
-
-def test_offloaded_layers_come_back_although_the_layer_before_was_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without a GPU nothing moves; what is seen is that the layer is asked to come back before its keys are extended.
-    class Stream:
-        wait_stream = __enter__ = lambda self, *_: None
-        __exit__ = __enter__
-
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: Stream())
-    model, prompt, fetched = routed(), ids(2, 4), []
-    cache = DynamicCache(config=model.config, offloading=True)
-    cache.prefetch_stream = Stream()
-    for index, layer in enumerate(cache.layers):
-        monkeypatch.setattr(layer, "prefetch", lambda index=index: fetched.append(index))
-    with fixed_routes(model, {Site(1, "attention"): False}):
-        first = model(input_ids=prompt, past_key_values=cache)
-        fetched.clear()
-        model(input_ids=ids(2, 1), past_key_values=cache)
-    assert torch.isfinite(first.logits).all()
-    assert 2 in fetched
-
-
-def test_a_crop_that_a_window_cannot_undo_is_refused_and_changes_nothing() -> None:
-    model, prompt = routed("gemma3"), ids(1, 7)
-    with fixed_routes(model, {}):
-        cache = model(input_ids=prompt).past_key_values
-        before = [layer.keys.clone() for layer in cache.layers]
-        with pytest.raises(UnsupportedCacheError, match="activate_past_recording"):
-            cache.crop(-2)
-    assert cache.seen == 7
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
-
-
-def test_rows_that_join_late_can_be_cropped_across_their_window() -> None:
-    # Chunked prefill: the only row that executes brings its first real token after more padding than a window holds.
-    model, batch = routed("gemma3"), ragged([9, 1])
-    cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
-    positions, new = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0), ids(2, 1, seed=1)
-    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, torch.tensor([False, True]))):
-        for start in range(0, 9, 3):
-            part = slice(start, start + 3)
-            model(
-                input_ids=batch["input_ids"][:, part],
-                attention_mask=batch["attention_mask"][:, : start + 3],
-                position_ids=positions[:, part],
-                past_key_values=cache,
-            )
-        cache.crop(-4)
-        mask = torch.tensor([[1] * 6, [0] * 5 + [1]])
-        again = model(
-            input_ids=new, attention_mask=mask, position_ids=torch.tensor([[5], [0]]), past_key_values=cache
-        )
-    with fixed_routes(model, {}):
-        wanted = model(input_ids=new[1:]).logits[:, -1]
-    torch.testing.assert_close(again.logits[1:, -1], wanted, atol=1e-4, rtol=1e-4)

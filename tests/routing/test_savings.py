@@ -1,4 +1,4 @@
-"""Skipping is real: no kernel of the base module runs for what skips, and the host asks the device for almost nothing."""
+"""Skipping is real: no kernel of the base module runs for what skips, and the host hardly waits for the device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from small import ALL, FAMILIES, LAYERS, bare, ids, mixed, ragged, routed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynadepth import Site, StaticConfig, attach, fixed_routes, routing_of
+from small import ALL, FAMILIES, LAYERS, bare, ids, mixed, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+PARTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+)
 
 
 class Transfers(TorchDispatchMode):
-    """Counts what makes the host wait for the device: `.item()`, `bool(tensor)`, `.nonzero()`; `.tolist()` by its patch."""
+    """Counts operators that make the host wait for the device; `transfers` adds `.tolist()` and its like."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 

@@ -52,7 +52,7 @@ def test_bad_settings_are_named(change, message):
 def test_missing_settings_and_unknown_recipes(tmp_path):
     with pytest.raises(ConfigError, match="lacks source, method"):
         recipe_from_dict({"name": "x"}, "here.yaml")
-    with pytest.raises(ConfigError, match="no recipe 'defualt'.*Did you mean 'default'"):
+    with pytest.raises(ConfigError, match=r"no recipe 'defualt'.*Did you mean 'default'"):
         load_recipe("defualt")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
@@ -64,7 +64,7 @@ def test_missing_settings_and_unknown_recipes(tmp_path):
 
 
 def test_method_settings_are_checked_when_the_method_is_built():
-    with pytest.raises(ConfigError, match="no setting 'capacitty'. Did you mean 'capacity'"):
+    with pytest.raises(ConfigError, match=r"no setting 'capacitty'\. Did you mean 'capacity'"):
         Recipe(**{**GOOD, "method": {"method": "mindskip", "capacitty": 1}}).config()
-    with pytest.raises(ConfigError, match="'mindskp'.*Did you mean 'mindskip'"):
+    with pytest.raises(ConfigError, match=r"'mindskp'.*Did you mean 'mindskip'"):
         Recipe(**{**GOOD, "method": {"method": "mindskp"}}).config()

@@ -74,7 +74,8 @@ def fingerprint(model):
 
 
 def test_tuning_moves_routers_and_nothing_else(tmp_path):
-    """Semantic 8: after tuning every backbone tensor is byte-identical; only routers have gradients and optimiser state."""
+    """Semantic 8: after tuning every backbone tensor is byte-identical; only routers have gradients and optimiser
+    state."""
     model = tiny()
     before = fingerprint(model)
     result = tune(model, Tokenizer(), examples(), RECIPE, out=tmp_path, budget=0.75)

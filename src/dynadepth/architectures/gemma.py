@@ -1,4 +1,5 @@
-"""Gemma 2 and 3: a norm before and one after each sublayer (RMSNorm of zero is zero, so a skip is still the identity)."""
+"""Gemma 2 and 3: a norm before and one after each sublayer (RMSNorm of zero is zero, so a skip is still the
+identity)."""
 
 from dynadepth.architectures.spec import ArchitectureSpec
 

@@ -1,7 +1,8 @@
 """Proves at `attach`, on the very model, that routing it is right; refuses, saying why, where it is not.
 
-Three proofs on two short sequences of made-up ids: a layer whose sublayers contribute zero is the identity; with everything
-executing, the routed model equals the bare one bit for bit; and declared key/value projections equal what the module stores.
+Three proofs on two short sequences of made-up ids: a layer whose sublayers contribute zero is the identity; with
+everything executing, the routed model equals the bare one bit for bit; and declared key/value projections equal what
+the module stores.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def question(model: PreTrainedModel) -> Tensor:
     device = next(decoder_of(model).parameters()).device
     if device.type == "meta":
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no weights yet (they are on the meta device): load them before attaching routers."
+            f"{type(model).__name__} has no weights yet (they are on the meta device): load them before "
+            "attaching routers."
         )
     return (torch.arange(2 * LENGTH, device=device).view(2, LENGTH) * 7 + 3) % vocabulary
 
@@ -116,8 +118,8 @@ def check_zero_is_identity(model: PreTrainedModel, spec: ArchitectureSpec, layer
             hook.remove()
     if changed:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be routed at layers {changed}: with attention and MLP contributing zero, the "
-            "layer is not the identity, so a skip would change the residual stream."
+            f"{type(model).__name__} cannot be routed at layers {changed}: with attention and MLP contributing zero, "
+            "the layer is not the identity, so a skip would change the residual stream."
         )
 
 
@@ -126,14 +128,15 @@ def check_same(model: PreTrainedModel, bare: Bare, last: Tensor) -> None:
     if not torch.equal(bare.last, last):
         worst = (bare.last.float() - last.float()).abs().max().item()
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be routed: with everything executing its hidden states differ from the bare "
-            f"model's by up to {worst:.3g}."
+            f"{type(model).__name__} cannot be routed: with everything executing its hidden states differ from the "
+            f"bare model's by up to {worst:.3g}."
         )
 
 
 @dataclass
 class KVProjector:
-    """Keys and values of given inputs of a site, through `spec.projector`; `norm` comes before it where blocks are routed."""
+    """Keys and values of given inputs of a site, through `spec.projector`; `norm` comes before it where blocks are
+    routed."""
 
     projector: Any
     attention: nn.Module
@@ -148,7 +151,10 @@ def kv_projector(
     model: PreTrainedModel, spec: ArchitectureSpec, bare: Bare, layer_index: int, attention: nn.Module, is_block: bool
 ) -> KVProjector:
     """The projector of one site, proved equal to what its attention stored in the bare run; refused otherwise."""
-    refusal = f"{type(model).__name__} cannot keep keys and values of skipped tokens at layer {layer_index} (kv_policy='project')"
+    refusal = (
+        f"{type(model).__name__} cannot keep keys and values of skipped tokens at layer {layer_index} "
+        "(kv_policy='project')"
+    )
     way_out = "use kv_policy='drop', or granularity='sequence'"
     if spec.projector is None:
         raise UnsupportedModelError(f"{refusal}: {spec.note}; {way_out}.")
@@ -169,7 +175,8 @@ def kv_projector(
 def _projects(projector: KVProjector, args: tuple[Any, ...], kwargs: dict[str, Any], stored: Any) -> bool:
     """Does the projector, given every other token alone, return what was stored for them among all tokens?"""
     rows = torch.arange(2, device=stored.keys.device)
-    index = torch.arange(LENGTH, device=rows.device).view(-1, 2).T  # [2, LENGTH / 2]: even tokens of one, odd ones of the other
+    # [2, LENGTH / 2]: even tokens of one row, odd ones of the other
+    index = torch.arange(LENGTH, device=rows.device).view(-1, 2).T
     part = SublayerCall(_unused, args, kwargs).tokens(rows, index, None)
     found = projector(part.hidden, part.kwargs.get("position_embeddings"))
     place = index - (LENGTH - stored.keys.shape[2])  # a sliding layer keeps its last positions

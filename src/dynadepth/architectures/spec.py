@@ -19,7 +19,8 @@ Projector = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor]]
 def project_kv(attention: nn.Module, hidden: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
     """Keys and values `[n, heads, t, d]` of normed states `[n, t, D]`, for attentions with separate `k_proj`, `v_proj`.
 
-    A `k_norm` is applied before or after the split into heads, by its size; rotary embeddings by the model's own function.
+    A `k_norm` is applied before or after the split into heads, by its size; rotary embeddings by the model's own
+    function.
     """
     module: Any = attention
     heads = (*hidden.shape[:-1], -1, module.head_dim)
@@ -34,7 +35,7 @@ def project_kv(attention: nn.Module, hidden: Tensor, position_embeddings: Any) -
     keys, values = keys.view(heads), values.view(heads).transpose(1, 2)
     keys = (norm(keys) if norm is not None else keys).transpose(1, 2)
     if getattr(module, "use_rope", True):
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         keys = rotate(keys, keys, *position_embeddings)[1]
     return keys, values
 
@@ -89,8 +90,8 @@ def decoder_layers(model: PreTrainedModel, spec: ArchitectureSpec | None = None)
     layers = getattr(decoder, spec.layers, None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be routed: its decoder {type(decoder).__name__} has no list of layers called "
-            f"{spec.layers!r}. Declare its parts in a new file of dynadepth/architectures."
+            f"{type(model).__name__} cannot be routed: its decoder {type(decoder).__name__} has no list of layers "
+            f"called {spec.layers!r}. Declare its parts in a new file of dynadepth/architectures."
         )
     return layers
 

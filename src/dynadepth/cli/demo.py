@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,8 @@ def demo(
             def step(number: int, title: str) -> None:
                 seconds = time.monotonic() - started
                 say(f"{title}", "bold", f"[{number}/{STEPS}] {seconds // 60:.0f}:{seconds % 60:02.0f}  ")
-                tell(title)
+                if sys.stderr.isatty():
+                    tell(f"{title} ...")
 
             results = finite(run_demo(out_dir, Settings(seed=seed), Teller(step, tell)))
         write_json(out_dir / "results.json", results)

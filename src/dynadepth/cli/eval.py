@@ -30,6 +30,9 @@ def evaluate(
     perplexity: Annotated[
         list[str] | None, typer.Option("--perplexity", metavar="FILE", help="Text to be scored; may be repeated.")
     ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option("--max-windows", metavar="N", help="First windows of 1,024 tokens of each text.")
+    ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Score the dense model beside it, on the same rows and tokens.")
     ] = False,
@@ -40,6 +43,7 @@ def evaluate(
     with reporting("nothing was written."):
         share, names, files = options.parse_budget(budget), options.parse_names(tasks), perplexity or []
         options.check_at_least_one(limit, "--limit")
+        options.check_at_least_one(max_windows, "--max-windows")
         options.check_output_file(json_file)
         loaded, tokenizer = open_model(model, routers, share, dtype)
         from dynadepth.evaluation import evaluate as score
@@ -54,6 +58,7 @@ def evaluate(
                 limit=limit,
                 perplexity=files,
                 compare_dense=compare_dense,
+                max_windows=max_windows,
                 progress=tell,
             )
         results["provenance"] = stamp(model, loaded, routers=routers)
@@ -100,8 +105,5 @@ def _score(task: dict[str, Any]) -> str:
     return number(task.get(task["metric"], task["perplexity"]))
 
 
-def _interval(interval: dict[str, float] | list[float] | None) -> str:
-    if interval is None:
-        return "-"
-    low, high = (interval["low"], interval["high"]) if isinstance(interval, dict) else interval[-2:]
-    return f"{low:+.3f} to {high:+.3f}"
+def _interval(interval: list[float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"

@@ -62,13 +62,13 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
         with console.status(Text(what)) as status:
             yield lambda line: status.update(Text(line))
         return
-    last = time.monotonic()
+    said, last = what, time.monotonic()
 
     def tell(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= QUIET_SECONDS:
-            last = time.monotonic()
-            say(line)
+        nonlocal said, last
+        if line != said and time.monotonic() - last >= QUIET_SECONDS:
+            said, last = line, time.monotonic()
+            say(f"  {line}")
 
     say(f"{what} ...")
     yield tell

@@ -69,7 +69,8 @@ class DepthConfig(ABC):
         """A new router for one site."""
 
     def depth_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None:
-        """The method's auxiliary loss of one forward: float32 scalar; `weights` `[B]` sum to one over the optimiser step."""
+        """The method's auxiliary loss of one forward: float32 scalar; `weights` `[B]` sum to one over the optimiser
+        step."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def config_from_dict(data: dict[str, Any]) -> DepthConfig:
     """The configuration written by `to_dict`. Unknown methods and settings are errors that name the near ones."""
     values = dict(data)
     method = str(values.pop("method", ""))
-    kind = named_subclass(DepthConfig, method, package="dynadepth.methods")
+    kind = named_subclass(DepthConfig, method, package="dynadepth.methods")  # type: ignore[type-abstract]
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:

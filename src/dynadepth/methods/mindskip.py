@@ -1,8 +1,9 @@
 """MindSkip: attention (or MLP, or block) with dynamic depth, its routers tuned alone (Router-Tuning, arXiv 2410.13184).
 
-Router: one linear map of the routed module's own input, sigmoid, executes where the score reaches 0.5 (section 3, Eq. 3).
-Training: straight-through gate; L = L_task + penalty * ReLU(mean gate - capacity) (section 3.3, Eq. 9 and 10). The mean is
-taken per sequence and the ReLU before averaging sequences, so that gradient accumulation does not change the trajectory.
+Router: one linear map of the routed module's own input, sigmoid, executes where the score reaches 0.5 (section 3, Eq.
+3). Training: straight-through gate; L = L_task + penalty * ReLU(mean gate - capacity) (section 3.3, Eq. 9 and 10). The
+mean is taken per sequence and the ReLU before averaging sequences, so that gradient accumulation does not change the
+trajectory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dynadepth.routing.router import AbstractRouter
 
 @dataclass(frozen=True)
 class MindSkipConfig(DepthConfig):
-    """Defaults are the paper's: no bias, zero initialisation (training starts dense), the 16 deepest layers but the last."""
+    """Defaults are the paper's: no bias, zero initialisation (training starts dense), the 16 deepest layers but the
+    last."""
 
     name = "mindskip"
 

@@ -1,12 +1,11 @@
 """The demo's story: tune routers for a small model, then show what was gained and what was lost.
 
-It ends with one plain dict (`results.json`), from which the terminal's table (`summary.py`) and the page (`html.py`) are
-made. Everything runs on the bundled data, the model's own answers and Python's own help texts.
+It ends with one plain dict (`results.json`), from which the terminal's table (`summary.py`) and the page (`html.py`)
+are made. Everything runs on bundled questions, the model's own answers and Python's own help texts.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +14,17 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynadepth import adapter, budget, hub
+import torch
+
+from dynadepth import hub
 from dynadepth.benchmark import cut_prompts, run
-from dynadepth.errors import DynadepthError
-from dynadepth.model import disabled, load, routing_of, set_budget
-from dynadepth.provenance import dynadepth_version, provenance
+from dynadepth.model import disabled, routing_of
 from dynadepth.report import measure
 from dynadepth.report.samples import answers
-from dynadepth.report.stamp import model_facts, sign, stamp
+from dynadepth.report.stamp import stamp
+from dynadepth.report.tuned import importance_on, tuned_routers
 from dynadepth.report.twin import Figures, StaticTwins
-from dynadepth.tuning import Collator, Example, Recipe, examples_for, load_recipe, tune
-from dynadepth.tuning.data import pad_token_id
+from dynadepth.tuning import examples_for, load_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,12 +63,12 @@ class Settings:
 class Teller:
     """Where the story goes: `step(number, title)` once a step, `detail(line)` as often as there is news."""
 
-    step: Callable[[int, str], object] = lambda number, title: None
-    detail: Callable[[str], object] = lambda line: None
+    step: Callable[[int, str], None] = lambda number, title: None
+    detail: Callable[[str], None] = lambda line: None
     times: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
-    def telling(self, title: str) -> Iterator[Callable[[str], object]]:
+    def telling(self, title: str) -> Iterator[Callable[[str], None]]:
         """One step, timed."""
         self.step(len(self.times) + 1, title)
         started = time.monotonic()
@@ -87,7 +86,7 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
     with teller.telling(f"Fetching {settings.model}"):
         hub.resolve(settings.model)
         tokenizer = hub.load_tokenizer(settings.model)
-        model = hub.load_model(settings.model)
+        model = hub.load_model(settings.model, device="cuda" if torch.cuda.is_available() else None)
     with teller.telling("The model writes its own tuning data") as detail:
         recipe = load_recipe(settings.recipe)
         examples = examples_for(
@@ -101,11 +100,19 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
             progress=lambda done, total: detail(f"{done} of {total} answers"),
         )
     with teller.telling("Tuning the routers, the model frozen") as detail:
-        tuning = _routers(out / "routers", model, tokenizer, examples, recipe, settings, detail)
-    facts = {"data_seconds": teller.times[1]["seconds"], "samples": len(examples), "recipe": recipe.name}
-    tuning = facts | tuning
-    routing = routing_of(model)
-    twins = StaticTwins(model, _importance(model, tokenizer, examples, tuning["n_heldout"]))
+        tuning: dict[str, Any] = {"recipe": recipe.name, "data_seconds": teller.times[1]["seconds"]}
+        tuning |= tuned_routers(
+            out / "routers",
+            model,
+            tokenizer,
+            examples,
+            recipe,
+            name=settings.model,
+            budget=settings.budget,
+            seed=settings.seed,
+            detail=detail,
+        )
+        twins = StaticTwins(model, importance_on(model, tokenizer, examples[: tuning["n_heldout"]]))
 
     with teller.telling("Perplexity and KL on text") as detail:
         text = measure.help_text(settings.seed)
@@ -117,8 +124,9 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
         samples = _samples(model, static, tokenizer, settings)
     with teller.telling("Timing") as detail:
         prompts = cut_prompts(tokenizer, count=1, length=max(settings.contexts) + settings.new_tokens)
-        speed = {
-            name: run(
+        speed = {}
+        for name, timed in (("routed", model), ("static", static)):
+            speed[name] = run(
                 timed,
                 prompts,
                 batches=[1],
@@ -126,10 +134,9 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
                 new_tokens=settings.new_tokens,
                 repeats=settings.repeats,
                 variants=["routed"],
-                progress=lambda line, name=name: detail(f"{name}, {line}"),
+                progress=detail,
             )
-            for name, timed in (("routed", model), ("static", static))
-        }
+    routing = routing_of(model)
     return {
         "settings": asdict(settings),
         "target": routing.target.name,
@@ -148,71 +155,13 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
     }
 
 
-def _routers(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    recipe: Recipe,
-    settings: Settings,
-    detail: Callable[[str], object],
-) -> dict[str, Any]:
-    """Attaches routers to the model: those in `folder` if they are what would be tuned now, else newly tuned ones."""
-    if _is_reusable(folder, model, recipe, settings, len(examples)):
-        load(model, folder)
-        set_budget(model, **{routing_of(model).target.name: settings.budget})
-        return {**routing_of(model).provenance["result"], "reused": True}
-    result = tune(
-        model,
-        tokenizer,
-        examples,
-        recipe,
-        out=folder,
-        budget=settings.budget,
-        seed=settings.seed,
-        progress=lambda stage, done, total, _: detail(f"{stage}: {done} of {total}"),
-    )
-    sign(model, folder, settings.model, settings.seed)
-    return {**asdict(result), "reused": False}
-
-
-def _is_reusable(folder: Path, model: PreTrainedModel, recipe: Recipe, settings: Settings, n_samples: int) -> bool:
-    try:
-        document = adapter.read(folder)[0]
-    except DynadepthError:
-        return False
-    made = document.get("provenance") or {}
-    by = made.get("run") or {}
-    now = provenance()
-    wanted = {"recipe": recipe.to_dict(), "budget": settings.budget, "seed": settings.seed}
-    return (
-        "result" in made
-        and "stopped" not in made
-        and {key: made.get(key) for key in wanted} == json.loads(json.dumps(wanted))
-        and made["result"]["n_train"] + made["result"]["n_heldout"] == n_samples
-        and (by.get("dynadepth"), by.get("commit")) == (dynadepth_version(), now["commit"])
-        and (by.get("model") or {}).get("fingerprint") == model_facts(settings.model, model)["fingerprint"]
-    )
-
-
-def _importance(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], n_heldout: int
-) -> dict[Any, float]:
-    """Of the routed sites, on the held-out prompts: the scores that tuning itself starts from."""
-    pad = pad_token_id(tokenizer)
-    prompts = [e.input_ids[: e.prompt_length or Collator(pad).prefix_length(e.input_ids)] for e in examples[:n_heldout]]
-    routing = routing_of(model)
-    scores = budget.importance(model, budget.prompts_to_batches(prompts, pad), routing.target.name)
-    return {site: score for site, score in scores.items() if site in routing.states}
-
-
 def _on_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     twins: StaticTwins,
     text: str,
     windows: int,
-    detail: Callable[[str], object],
+    detail: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     routed, dense, sites = measure.on_text(model, tokenizer, text, windows, lambda line: detail(f"routed: {line}"))
 
@@ -229,7 +178,7 @@ def _add_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     twins: StaticTwins,
     limit: int | None,
-    detail: Callable[[str], object],
+    detail: Callable[[str], None],
 ) -> None:
     """Adds `accuracy`, `keep_questions` and, for the routed model, `accuracy_difference` (95 % against dense)."""
     if not measure.can_score_tasks():

@@ -49,7 +49,7 @@ def render(results: Mapping[str, Any]) -> str:
     settings = results.get("settings") or {}
     title = settings.get("model") or "dynadepth"
     if settings.get("budget") is not None:
-        title = f"{title}: {settings['budget']:.0%} of the {results.get('target', 'attention')} sublayers"
+        title = f"{title}: {settings['budget']:.0%} of the {results.get('target') or 'attention'} sublayers"
     return environment.get_template(TEMPLATE).render(
         title=title,
         subtitle=_subtitle(results),
@@ -87,7 +87,7 @@ def _figures(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         if len(values) > 1:
             yield _inlined(figures.bars(values, TITLES, unit), key, caption)
     if strips := _strips(results):
-        caption = f"Which {results.get('target', 'attention')} sublayers run: full executed, faint skipped"
+        caption = f"Which {results.get('target') or 'attention'} sublayers run: full executed, faint skipped"
         yield _inlined(figures.layer_map(strips), "layers", caption)
     if groups := _speedups(results):
         drawing = figures.grouped(groups, TITLES, "times as fast as dense", 1.0)

@@ -50,7 +50,7 @@ def on_text(
         "kv_share": kv_share(model, sites, WINDOW),
         "n_tokens": found.n_tokens,
     }
-    dense: Figures = dict.fromkeys(routed, 1.0) | {"nll": found.dense.nll, "kl": 0.0, "n_tokens": float(found.n_tokens)}
+    dense: Figures = {**dict.fromkeys(routed, 1.0), "nll": found.dense.nll, "kl": 0.0, "n_tokens": found.n_tokens}
     return routed, dense, {str(site): share for site, share in sites.items()}
 
 

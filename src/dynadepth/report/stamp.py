@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def model_facts(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
-    """`name`, `source`, `sha256` and `licence` of a model, and the `fingerprint` that saved routers are checked with."""
+    """`name`, `source`, `sha256`, `licence` of a model, and the `fingerprint` that saved routers are checked with."""
     base = unwrapped(model)
     return {**hub.provenance_of(name), "fingerprint": adapter.identity(base, decoder_layers(base))["fingerprint"]}
 

@@ -23,7 +23,7 @@ class Row:
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """The table of dense, routed and static twin."""
     variants = results.get("variants") or {}
-    target = results.get("target", "attention")
+    target = results.get("target") or "attention"
     n = (variants.get("routed") or {}).get("questions")
     made = [
         _row(variants, f"{target} sublayers executed (text)", "keep_all", _percent),
@@ -76,7 +76,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     dense, routed, static = (variants.get(name) or {} for name in VARIANTS)
     if None not in (dense.get("perplexity"), routed.get("perplexity"), static.get("perplexity")):
         said.append(
-            f"With {_percent(routed['keep_all'])} of the {results.get('target', 'attention')} sublayers executed, "
+            f"With {_percent(routed['keep_all'])} of the {results.get('target') or 'attention'} sublayers executed, "
             f"perplexity goes from {dense['perplexity']:.2f} to {routed['perplexity']:.2f}; the static twin, one fixed "
             f"route with the same keep ratio, has {static['perplexity']:.2f}: on this text {_winner(routed, static)}."
         )
@@ -99,11 +99,12 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         said.append(f"Sample prompts: {same}.")
     tuning = results.get("tuning") or {}
     if tuning.get("seconds") is not None:
-        again = " (in an earlier run: the same routers are used again)" if tuning.get("reused") else ""
-        data = f", after {tuning['data_seconds']:.0f} s of writing its data" if tuning.get("data_seconds") else ""
+        again = ", in an earlier run whose routers are used again" if tuning.get("reused") else ""
+        data = tuning.get("data_seconds") if not again else None
+        writing = "" if data is None else f" (and writing them took the model {data:.0f} s)"
         said.append(
-            f"Tuning {tuning.get('n_trainable', 0):,} router parameters on {tuning.get('n_train', '?')} samples took "
-            f"{tuning['seconds']:.0f} s{data}{again}."
+            f"Tuning {tuning.get('n_trainable', 0):,} router parameters took {tuning['seconds']:.0f} s on "
+            f"{tuning.get('n_train', '?')} samples{writing}{again}."
         )
     return said
 

@@ -1,11 +1,12 @@
 """`RoutedCache`: the ordinary `DynamicCache`, whose layers hold the rows (or tokens) that executed and nothing else.
 
-It differs from its base in four things. The true token count (`seen`) answers for lengths and mask sizes, since a skipped
-layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the keys
-and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions (`SparseLayer`).
+It differs from its base in four things. The true token count (`seen`) answers for lengths and mask sizes, since a
+skipped layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the
+keys and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions
+(`SparseLayer`).
 
-An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags. Only a forward of the routed
-model that it was adopted by can fill it.
+An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags. Only a forward of the
+routed model that it was adopted by can fill it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dynadepth.routing.sparse_layer import SparseLayer
 class RoutedCache(DynamicCache):
     """See the module's contract. Made by `adopt`, never constructed."""
 
+    layers: list[Any]
     seen: int
     book: RouteBook
     layout: tuple[Any, ...]
@@ -51,8 +53,8 @@ class RoutedCache(DynamicCache):
             )
         if cache.get_seq_length() > 0:
             raise UnsupportedCacheError(
-                f"This cache already holds {cache.get_seq_length()} tokens of an unrouted forward: start the routed model "
-                "with an empty cache, or run dense with `dynadepth.disabled(model)`."
+                f"This cache already holds {cache.get_seq_length()} tokens of an unrouted forward: start the routed "
+                "model with an empty cache, or run dense with `dynadepth.disabled(model)`."
             )
         replicate = cache.layer_class_to_replicate
         if replicate is not None:
@@ -79,7 +81,8 @@ class RoutedCache(DynamicCache):
     def refuse(self, reason: str) -> NoReturn:
         """Raises UnsupportedCacheError for a forward that cannot read this cache."""
         raise UnsupportedCacheError(
-            f"This cache holds {self.seen} tokens of a routed forward and cannot be used here: {reason}. Pass an empty cache "
+            f"This cache holds {self.seen} tokens of a routed forward and cannot be used here: {reason}. "
+            "Pass an empty cache "
             "(or none) and the whole sequence."
         )
 
@@ -89,8 +92,9 @@ class RoutedCache(DynamicCache):
         return self.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(key length, key offset) by positions: a sliding layer shows its last `window - 1` positions and the new ones."""
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        """(key length, key offset) by positions: a sliding layer shows its last `window - 1` positions and the new
+        ones."""
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
         if window is None or self.seen < window:
             return self.seen + query_length, 0
@@ -109,7 +113,8 @@ class RoutedCache(DynamicCache):
         if context is None or context.cache is not self:
             self.refuse("only the routed model that it belongs to can continue it")
         if layer.is_initialized and self.offloading:
-            layer.prefetch()  # the base class fetches the next layer ahead, which a skipped layer before this one did not
+            # the base class fetches the next layer ahead, which a skipped layer before this one did not
+            layer.prefetch()
         if isinstance(layer, SparseLayer):
             layer.begin(self.seen)
         elif self.seen and not layer.is_initialized:
@@ -117,8 +122,8 @@ class RoutedCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def admit(self, layer_idx: int, rows: Sequence[int]) -> None:
-        """Declares the logical rows that a layer holds from now on. Rows that join late (they saw only padding so far, in a
-        chunked prefill) get zero keys for that padding, which every mask hides."""
+        """Declares the logical rows that a layer holds from now on. Rows that join late (they saw only padding so far,
+        in a chunked prefill) get zero keys for that padding, which every mask hides."""
         layer, old = self.layers[layer_idx], self.stored_rows.get(layer_idx)
         self.stored_rows[layer_idx] = list(rows)
         if old is None or old == list(rows) or not layer.is_initialized:
@@ -156,7 +161,7 @@ class RoutedCache(DynamicCache):
             layer.reorder_cache(physical)
         self.book.take(order)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         if self.book.uniform or not self.book.routes:
             # Rows alike: a layer holds all of them or none, so that the order can stay on the device.
             super().reorder_cache(beam_idx)
@@ -177,7 +182,8 @@ class RoutedCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise UnsupportedCacheError(
-                f"crop({tokens_to_remove}) with a positive count is not supported: pass the negative number of tokens to remove."
+                f"crop({tokens_to_remove}) with a positive count is not supported: pass the negative number of tokens "
+                "to remove."
             )
         remaining = max(self.seen + tokens_to_remove, 0)
         if remaining == 0 and tokens_to_remove:
@@ -217,7 +223,8 @@ class RoutedCache(DynamicCache):
         )
 
     def kv_bytes(self) -> int:
-        """Bytes of keys and values of executed rows and tokens (design: Σ over executed sites and rows of dense bytes)."""
+        """Bytes of keys and values of executed rows and tokens (design: Σ over executed sites and rows of dense
+        bytes)."""
         total = self.reserved_bytes()
         for layer in self.layers:
             if isinstance(layer, SparseLayer) and layer.positions is not None and layer.positions.numel():

@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CalibrationPoint:
-    """One measured keep ratio of the routed sites, and the logits that the routers gave under it (quantiles, ascending)."""
+    """One measured keep ratio of the routed sites, and the logits that the routers gave under it (quantiles,
+    ascending)."""
 
     keep: float
     quantiles: tuple[float, ...]
@@ -32,7 +33,8 @@ class Calibration:
     n_sequences: int
 
     def threshold(self, keep: float) -> float:
-        """The threshold (logit space) for a keep ratio of the routed sites, between the two nearest points by distance."""
+        """The threshold (logit space) for a keep ratio of the routed sites, between the two nearest points by
+        distance."""
         if keep >= 1:
             return -math.inf
         if keep <= 0:

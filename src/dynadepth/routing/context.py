@@ -27,10 +27,11 @@ Injection = bool | Tensor | list[bool]
 class ForwardContext:
     """One forward of one routed model: B rows, T new tokens.
 
-    `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may see.
-    `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from outside; sites not named execute.
-    `masked`: run every unit and select (training); else run the executing units alone. `attention_fixes[layer]` rebuilds
-    the full-batch attention weights of a routed block from those its inner attention recorded, or is them (it did not run).
+    `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may
+    see. `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from
+    outside; sites not named execute. `masked`: run every unit and select (training); else run the executing units
+    alone. `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
+    attention recorded, or is them (it did not run).
     """
 
     owner: Any
@@ -139,7 +140,8 @@ def prompted(owner: Any) -> int | None:
 
 
 def carrying_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """A gradient checkpointing function whose replay, long after the forward is over, still sees that forward's context."""
+    """A gradient checkpointing function whose replay, long after the forward is over, still sees that forward's
+    context."""
 
     def carried(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         context = current()

@@ -1,4 +1,5 @@
-"""Decisions as values: where (`Site`), what was decided (`RoutingDecision`), and all of it for one forward (`RoutingTrace`).
+"""Decisions as values: where (`Site`), what was decided (`RoutingDecision`), and all of it for one forward
+(`RoutingTrace`).
 
 Shape suffixes: B sequences of a batch, T tokens of this forward. A *unit* is what one decision is about: a sequence
 (decisions `[B]`) or a token (`[B, T]`).
@@ -7,6 +8,7 @@ Shape suffixes: B sequences of a batch, T tokens of this forward. A *unit* is wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +35,11 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: the hard decision. Backward: the identity on the score (arXiv 2410.13184, section 4.2)."""
 
     @staticmethod
-    def forward(ctx, score: Tensor, execute: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, score: Tensor, execute: Tensor) -> Tensor:
         return execute.to(score.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -50,8 +52,8 @@ def straight_through(score: Tensor, execute: Tensor) -> Tensor:
 class RoutingDecision:
     """What one router decided for the units of one forward.
 
-    `execute`: bool, `[B]` or `[B, T]`. `logits`: float32 of the same shape, None where nothing was computed (an injected or
-    sticky decision). `gate`: float32, exactly 0 or 1 with a gradient to the logits; only while training.
+    `execute`: bool, `[B]` or `[B, T]`. `logits`: float32 of the same shape, None where nothing was computed (an
+    injected or sticky decision). `gate`: float32, exactly 0 or 1 with a gradient to the logits; only while training.
     """
 
     execute: Tensor
@@ -61,7 +63,8 @@ class RoutingDecision:
 
 @dataclass(frozen=True)
 class KeepRatio:
-    """Executed (unit, site) pairs over all pairs: of the routed sites, and of all sublayers of the target in the model."""
+    """Executed (unit, site) pairs over all pairs: of the routed sites, and of all sublayers of the target in the
+    model."""
 
     routed: float
     all: float
@@ -86,7 +89,8 @@ class RoutingTrace:
     fresh: list[bool] | None = None
 
     def record(self, site: Site, decision: RoutingDecision) -> None:
-        """Keeps the first decision of a site: gradient checkpointing replays layers, and a replay is not a new decision."""
+        """Keeps the first decision of a site: gradient checkpointing replays layers, and a replay is not a new
+        decision."""
         self.decisions.setdefault(site, decision)
 
     @property
@@ -95,7 +99,8 @@ class RoutingTrace:
         return {site: d.logits for site, d in self.decisions.items() if d.logits is not None}
 
     def mean_gate(self) -> Tensor | None:
-        """Mean gate of each sequence over its units and the routed sites, float32 `[B]`, with gradient; None without gates.
+        """Mean gate of each sequence over its units and the routed sites, float32 `[B]`, with gradient; None without
+        gates.
 
         Padding is excluded and every sequence counts the same, whatever its length.
         """

@@ -1,7 +1,7 @@
 """The model's own forward, opened and closed around: inputs become a `ForwardContext`, its trace becomes outputs.
 
-`RoutedModel` is mixed into the model's class, and into its decoder's, so that either may be called; the inner call finds the
-context of the outer one. `self.depth_routing` is the attached routing (`dynadepth.model.Routing`).
+`RoutedModel` is mixed into the model's class, and into its decoder's, so that either may be called; the inner call
+finds the context of the outer one. `self.depth_routing` is the attached routing (`dynadepth.model.Routing`).
 """
 
 from __future__ import annotations
@@ -85,17 +85,18 @@ class RoutedModel:
             return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: continuous batching keeps a paged cache, and runs in threads of its own where nothing is disabled."""
+        """Refused: continuous batching keeps a paged cache, and runs in threads of its own where nothing is
+        disabled."""
         raise UnsupportedCacheError(
-            "generate_batch and continuous batching use a paged cache, which cannot hold routes: call generate, or take the "
-            "routers off with dynadepth.detach(model)."
+            "generate_batch and continuous batching use a paged cache, which cannot hold routes: call generate, or "
+            "take the routers off with dynadepth.detach(model)."
         )
 
     init_continuous_batching = generate_batch
 
     def enable_input_require_grads(self) -> None:
-        """Remembered for `detach`, and not done: only reentrant checkpointing needs it, which trainable routers refuse, and
-        with it the layers below the lowest router would run backward."""
+        """Remembered for `detach`, and not done: only reentrant checkpointing needs it, which trainable routers refuse,
+        and with it the layers below the lowest router would run backward."""
         if self.depth_routing.trainable:
             self.depth_routing.input_grads = True
         else:
@@ -141,7 +142,11 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     batch, tokens = source.shape[:2]
     cache_, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     text_config = model.config.get_text_config(decoder=True)
-    if cache_ is None and model.training:
+    # A mixture's own loss wants the choice of experts of every token: then every token runs.
+    experts = kwargs.get("output_router_logits")
+    experts = getattr(text_config, "output_router_logits", False) if experts is None else experts
+    masked = cache_ is None and (model.training or bool(experts and routing.target.runs_mlp))
+    if masked:
         kwargs["use_cache"] = False
     elif cache_ is None and (getattr(text_config, "use_cache", False) if use_cache is None else use_cache):
         cache_ = DynamicCache(config=text_config)
@@ -150,7 +155,6 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         kwargs["past_key_values"] = cache_
     book = RouteBook() if cache_ is None else cache_.book
     book.open(batch)
-    masked = model.training and cache_ is None
 
     mask = kwargs.get("attention_mask")
     token_mask = mask[:, -tokens:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -201,8 +205,8 @@ def _pool_mask(
 def content_prefix(source: Tensor, real: Tensor, seed: int = 0) -> Tensor:
     """A pseudo-random prefix of each row, between an eighth and three quarters of its real tokens: bool `[B, T]`.
 
-    Its length depends on the row's length and on the ids of that first eighth alone: neither batch composition nor padding
-    changes it, nor does any token behind the prefix. Rows given as embeddings take half.
+    Its length depends on the row's length and on the ids of that first eighth alone: neither batch composition nor
+    padding changes it, nor does any token behind the prefix. Rows given as embeddings take half.
     """
     count, rank = real.sum(1, keepdim=True), real.cumsum(1)
     low = (count // 8).clamp(min=1)
@@ -235,8 +239,9 @@ def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: d
 
 
 def _row_weights(trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
-    """Weights `[B]` of the rows in the depth loss: equal; under gradient accumulation (where the trainer gives the number of
-    label tokens of the whole step) by label tokens, so that any division into micro-batches adds up to the same loss."""
+    """Weights `[B]` of the rows in the depth loss: equal; under gradient accumulation (where the trainer gives the
+    number of label tokens of the whole step) by label tokens, so that any division into micro-batches adds up to the
+    same loss."""
     labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     if labels is None or items is None:
         return torch.full((trace.batch,), 1 / trace.batch, device=None if labels is None else labels.device)

@@ -1,7 +1,7 @@
 """Granularities: the unit of a decision, how its hidden state is pooled, and how a decision is carried out.
 
-Shape suffixes: B sequences, T tokens of this forward, D hidden size. Decisions are `[B]` per sequence, `[B, T]` per token.
-A new granularity is one new subclass in one new module of this package; `granularity_named` finds it by `name`.
+Shape suffixes: B sequences, T tokens of this forward, D hidden size. Decisions are `[B]` per sequence, `[B, T]` per
+token. A new granularity is one new subclass in one new module of this package; `granularity_named` finds it by `name`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Granularity(ABC):
         else:
             if context.masked and context.grad and not torch.is_grad_enabled():
                 raise ConfigError(
-                    "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: enable it "
-                    "with gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: "
+                    "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
             decision = state.router.decide(self.pool(hidden, context), with_gate=context.masked and context.grad)
         context.trace.record(state.site, decision)
@@ -81,8 +81,8 @@ class PerSequence(Granularity):
         mask = context.pool_mask
         if context.padding_unknown:
             raise ConfigError(
-                "A sequence-level route must not pool padding, and this attention mask does not say which tokens are padding: "
-                "pass one of shape [batch, tokens], or the tokens to pool as prompt_mask."
+                "A sequence-level route must not pool padding, and this attention mask does not say which tokens are "
+                "padding: pass one of shape [batch, tokens], or the tokens to pool as prompt_mask."
             )
         if mask is None:
             return hidden.sum(1, dtype=torch.float32) / hidden.shape[1]
@@ -116,7 +116,8 @@ class PerSequence(Granularity):
         return state.wrap(output, state.full_rows(result, rows, hidden.shape[0], context))
 
     def _route(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> None:
-        """Decides for the rows that have no route yet and bring a real token; one host transfer, none for known decisions."""
+        """Decides for the rows that have no route yet and bring a real token; one host transfer, none for known
+        decisions."""
         known = state.known(context)
         execute = [known] * len(hidden) if isinstance(known, bool) else self.decide(state, hidden, context).execute
         flags = context.to_host(execute)
@@ -189,4 +190,4 @@ class PerToken(Granularity):
 
 def granularity_named(name: str) -> Granularity:
     """The granularity called `name`; ConfigError with the near names otherwise."""
-    return named_subclass(Granularity, name, package="dynadepth.routing")()
+    return named_subclass(Granularity, name, package="dynadepth.routing")()  # type: ignore[type-abstract]

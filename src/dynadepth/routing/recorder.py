@@ -16,7 +16,8 @@ Phase = str | None
 
 
 class Recorder:
-    """Keep ratios of the forwards of one thread: padding excluded, sequences weighted equally, prefill and decode apart.
+    """Keep ratios of the forwards of one thread: padding excluded, sequences weighted equally, prefill and decode
+    apart.
 
     Per site it keeps, for each sequence, executed and all units; sequences of one generation accumulate over its steps.
     Nothing is moved from the device before a figure is asked for.
@@ -73,7 +74,8 @@ class Recorder:
 
     @property
     def sequences(self) -> list[dict[Site, float]]:
-        """One entry a prefilled sequence: the share of its units executed, per site (0 or 1 at sequence granularity)."""
+        """One entry a prefilled sequence: the share of its units executed, per site (0 or 1 at sequence
+        granularity)."""
         return self._sequences("prefill")
 
     def site_keep(self, phase: Phase = None) -> dict[Site, float]:

@@ -1,7 +1,7 @@
 """Sticky routes of one batch at sequence granularity: decided once a row, kept until the rows go away.
 
-Everything here is host-side Python; the one device value is the cached row index that a mixed site gathers with. That is
-what makes decoding free of host transfers: the route in force is known without asking the device.
+Everything here is host-side Python; the one device value is the cached row index that a mixed site gathers with. That
+is what makes decoding free of host transfers: the route in force is known without asking the device.
 """
 
 from __future__ import annotations

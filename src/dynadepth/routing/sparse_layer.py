@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 
 class SparseLayer(DynamicLayer):
-    """Keys and values of executed tokens only: `keys` `[B, heads, S, d]` with `positions` int64 `[B, S]`, -1 where a slot of
-    a ragged batch is empty. `holes` tells whether any real token was ever skipped.
+    """Keys and values of executed tokens only: `keys` `[B, heads, S, d]` with `positions` int64 `[B, S]`, -1 where a
+    slot of a ragged batch is empty. `holes` tells whether any real token was ever skipped.
 
     A sliding layer forgets what has left the window, from time to time; never while it records its past (see
     `Cache.activate_past_recording`). `forgot` tells whether it did.
@@ -24,6 +24,8 @@ class SparseLayer(DynamicLayer):
         if self.is_sliding:
             self.sliding_window = like.sliding_window
         self.record_past = getattr(like, "record_past", False)
+        self.keys: Any = None
+        self.values: Any = None
         self.positions: Tensor | None = None
         self.holes = self.forgot = False
         self.start = 0
@@ -32,7 +34,8 @@ class SparseLayer(DynamicLayer):
         self.record_past = True
 
     def begin(self, seen: int) -> None:
-        """Before a forward's first write: `seen` tokens came before. Forgets what no later token of a window can see."""
+        """Before a forward's first write: `seen` tokens came before. Forgets what no later token of a window can
+        see."""
         self.start = seen
         if self.is_initialized:
             self.prefetch()
@@ -68,7 +71,7 @@ class SparseLayer(DynamicLayer):
             self.positions = torch.where(self.positions < length, self.positions, -1)
             self._keep_from(0)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         if self.positions is not None:  # with no slot left, too: the number of rows must still follow
             self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
             self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))

@@ -29,8 +29,8 @@ ROUTER = "depth_router"
 
 @dataclass
 class SublayerState:
-    """What a routed module knows of its site. `extras`: elements behind the hidden states in its output tuple; None where it
-    returns a bare tensor (learnt by the probe). `project`: keys and values of given tokens, see `token_kv`."""
+    """What a routed module knows of its site. `extras`: elements behind the hidden states in its output tuple; None
+    where it returns a bare tensor (learnt by the probe). `project`: keys and values of given tokens, see `token_kv`."""
 
     owner: Any
     site: Site
@@ -154,15 +154,15 @@ class RoutedSublayer:
 @cache
 def subclass_like(base: type, mixin: type) -> type:
     """`mixin` put before `base`, under the base's own name and module, so that registries keyed by them still match."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if "forward" in vars(mixin):  # classes that decorate `cls.forward` at creation must find it on the class itself
         names["forward"] = _forwarding(mixin, base)
     return type(base.__name__, (mixin, base), names)
 
 
 def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
-    """A forward with the base's signature, which `generate` and `Trainer` read to know what the model takes; keyword-only
-    parameters of the mixin's are added to it."""
+    """A forward with the base's signature, which `generate` and `Trainer` read to know what the model takes;
+    keyword-only parameters of the mixin's are added to it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -177,9 +177,10 @@ def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
 
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Puts `mixin` before the module's class, in place. An instance-level `forward` (accelerate's hooks) is rebound."""
-    module.__class__ = subclass_like(type(module), mixin)
+    base: Any = type(module)
+    module.__class__ = subclass_like(base, mixin)
     if "_old_forward" in vars(module):
-        module._old_forward = type(module).forward.__get__(module)  # type: ignore[attr-defined,assignment]
+        module._old_forward = type(module).forward.__get__(module)
 
 
 def restore_class(module: nn.Module, mixin: type) -> None:
@@ -187,4 +188,4 @@ def restore_class(module: nn.Module, mixin: type) -> None:
     original = next(c for c in type(module).__mro__[1:] if not issubclass(c, mixin) and issubclass(c, nn.Module))
     module.__class__ = original
     if "_old_forward" in vars(module):
-        module._old_forward = type(module).forward.__get__(module)  # type: ignore[attr-defined,assignment]
+        module._old_forward = type(module).forward.__get__(module)

@@ -20,6 +20,8 @@ class Target(ABC):
     name: ClassVar[str]
     keeps_kv: ClassVar[bool]
     """Does the sublayer write keys and values?"""
+    runs_mlp: ClassVar[bool] = True
+    """Does the sublayer run the MLP, and the experts where there are any?"""
 
     @abstractmethod
     def module(self, layer: nn.Module, spec: Any) -> nn.Module:
@@ -43,6 +45,7 @@ class AttentionTarget(Target):
 
     name = "attention"
     keeps_kv = True
+    runs_mlp = False
 
     def module(self, layer: nn.Module, spec: Any) -> nn.Module:
         return getattr(layer, spec.attention)
@@ -76,4 +79,4 @@ class BlockTarget(Target):
 
 def target_named(name: str) -> Target:
     """The target called `name`; ConfigError with the near names otherwise."""
-    return named_subclass(Target, name, package="dynadepth.routing")()
+    return named_subclass(Target, name, package="dynadepth.routing")()  # type: ignore[type-abstract]

@@ -1,7 +1,9 @@
-"""Token granularity for sublayers that keep keys and values: attention for some tokens, and what becomes of the others' keys.
+"""Token granularity for sublayers that keep keys and values: attention for some tokens, and what becomes of the others'
+keys.
 
-Two policies. `project`: skipped tokens still get keys and values (computed by the module's own projections), so nothing is
-lost to later tokens. `drop`: skipped tokens are holes; keys are stored with their positions and masks are gathered by them.
+Two policies. `project`: skipped tokens still get keys and values (computed by the module's own projections), so nothing
+is lost to later tokens. `drop`: skipped tokens are holes; keys are stored with their positions and masks are gathered
+by them.
 
 Shape suffixes: n rows with executing tokens, t tokens of the longest of them, S stored keys, K all keys.
 A row with fewer than t executing tokens is filled up with tokens that skip; what is computed for those is not used.
@@ -73,7 +75,8 @@ def hide_skipped(call: SublayerCall, execute: Tensor, state: SublayerState) -> S
 
 
 class TokenKV:
-    """Stands in for the cache in a call for some tokens: takes their keys and values, and returns all that they may see."""
+    """Stands in for the cache in a call for some tokens: takes their keys and values, and returns all that they may
+    see."""
 
     def __init__(
         self, state: SublayerState, context: ForwardContext, rows: Tensor, index: Tensor, shape: torch.Size

@@ -37,7 +37,8 @@ def examples_for(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
-    """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model's own answers."""
+    """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model's own
+    answers."""
     count = recipe.max_samples if max_samples is None else max_samples
     if str(source) == "self":
         return self_examples(

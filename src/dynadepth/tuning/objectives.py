@@ -1,7 +1,7 @@
 """What the routers are tuned to: the task's own loss (CE), or the dense model's distribution (KL).
 
-Losses are sums over scored tokens divided by `items`, the number of scored tokens of the whole optimiser step, so that any
-division into micro-batches adds up to the same gradient.
+Losses are sums over scored tokens divided by `items`, the number of scored tokens of the whole optimiser step, so that
+any division into micro-batches adds up to the same gradient.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Recipe:
     budget: float = 0.75
     """Share of all sublayers of the target that may execute, where the command line names none."""
     objective: str = "kl"
-    """`ce`: the task's own loss; `kl`: KL(dense‖routed) on the answer's tokens, the dense model being the same backbone."""
+    """`ce`: the task's own loss; `kl`: KL(dense‖routed) on the answer's tokens, the dense model being the same
+    backbone."""
     init: str = "zeros"
     """`zeros`, or `importance`: biases start from 1 − cosine scores, so that tuning starts at the static route."""
     controller: str = "none"
@@ -131,5 +132,5 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     missing = [name for name in ("name", "source", "method") if name not in data]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}.")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     return Recipe(**values)

@@ -1,4 +1,5 @@
-"""Tunes routers alone with `transformers.Trainer`: the backbone is frozen, checkpoints hold routers and optimiser state."""
+"""Tunes routers alone with `transformers.Trainer`: the backbone is frozen, checkpoints hold routers and optimiser
+state."""
 
 from __future__ import annotations
 
@@ -52,6 +53,8 @@ class TuneResult:
 class RouterTrainer(Trainer):
     """A Trainer whose checkpoints hold routers, and that stops at the first bad loss."""
 
+    model: Any
+
     def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recipe = recipe
@@ -79,8 +82,8 @@ class RouterTrainer(Trainer):
         if not torch.isfinite(loss):
             _restore(self.model, self.last_good)
             raise TuningError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the last "
-                "good step. Try a lower learning_rate, or bfloat16 instead of float16."
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the "
+                "last good step. Try a lower learning_rate, or bfloat16 instead of float16."
             )
         self.last_good = _snapshot(self.model)
         if self.state.global_step != self._step:
@@ -269,8 +272,8 @@ def tune(
 def _state_budget(
     model: nn.Module, recipe: Recipe, budget: float | None, overrides: dict[str, Any]
 ) -> tuple[float, float]:
-    """The budget and the keep ratio it asks of the routed sites, which becomes the training-time capacity of methods that
-    have one."""
+    """The budget and the keep ratio it asks of the routed sites, which becomes the training-time capacity of methods
+    that have one."""
     routing = routing_of(model)
     budget = check_budget(recipe.budget if budget is None else budget, routing)
     keep = min(1.0, max(routing.keep_of(budget), 1e-6))
@@ -290,7 +293,7 @@ def _initialise(model: nn.Module, recipe: Recipe, scores: dict[Any, float], keep
         if getattr(router, "bias", None) is None:
             raise ConfigError("init: importance needs routers with a bias: set method.bias to true.")
         with torch.no_grad():
-            router.bias.copy_(bias)  # type: ignore[union-attr,operator]
+            router.bias.copy_(bias)  # type: ignore[operator]
         router.threshold.fill_(float(torch.quantile(biases, 1 - keep)))
 
 
@@ -361,7 +364,7 @@ def _trainer(
     trainer = RouterTrainer(
         model=model,
         args=args,
-        train_dataset=training,  # type: ignore[arg-type]
+        train_dataset=training,
         data_collator=collator,
         callbacks=[*controllers, report],
         recipe=recipe,

@@ -1,0 +1,43 @@
+"""Static and random twins of tuned routers: `python benchmarks/readme/twins.py MODEL ROUTERS OUT`.
+
+Writes OUT/static-N and OUT/random-N, routes that skip N sublayers for every input, for the two whole counts N on either
+side of the routers' budget. Static: least important first, by the scores and on the prompts that tuning itself started
+from (written anew with the recipe's seed). Random: drawn with seed 0.
+"""
+
+import math
+import random
+import sys
+from pathlib import Path
+
+from dynadepth import StaticConfig, attach, budget, detach, hub, load, routing_of, save
+from dynadepth.tuning import Recipe, examples_for
+from dynadepth.tuning.data import Collator, pad_token_id
+
+
+def main(name: str, routers: str, out: str) -> None:
+    model, tokenizer = hub.load_model(name), hub.load_tokenizer(name)
+    load(model, routers)
+    routing = routing_of(model)
+    made, target, n_layers = routing.provenance, routing.target.name, routing.n_layers
+    detach(model)
+    recipe = Recipe(**made["recipe"])
+    examples = examples_for("self", model, tokenizer, recipe, seed=made["seed"], cache_dir=Path(routers) / "self-data")
+    heldout = examples[: made["result"]["n_heldout"]]
+    pad = pad_token_id(tokenizer)
+    collator = Collator(pad, seed=made["seed"])
+    prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
+    scores = budget.importance(model, budget.prompts_to_batches(prompts, pad), target)
+    skipped = (1 - made["budget"]) * n_layers
+    order = list(range(n_layers))
+    random.Random(0).shuffle(order)
+    for count in sorted({math.floor(skipped), math.ceil(skipped)}):
+        routes = {"static": budget.static_skip(scores, 1 - count / n_layers, n_layers), "random": order[:count]}
+        for kind, skip in routes.items():
+            attach(model, StaticConfig(target=target, skip=tuple(skip)))
+            print(save(model, Path(out) / f"{kind}-{count}"), sorted(skip))
+            detach(model)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,184 @@
+"""Routers that are missing, damaged, newer or wrong are refused with the way out, and a failed write harms nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters import content, edit, refused, replace_tensors, save_tiny
+from dynadepth import MindSkipConfig, StaticConfig, attach, is_attached, load, routing_of, save
+from dynadepth.adapter import CONFIG, FORMAT, WEIGHTS
+from dynadepth.errors import AdapterError, ConfigError, DynadepthError
+from small import bare, routed
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path)
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_missing_files(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    assert f"{name} is missing" in refused(bare(), saved)
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    assert "nowhere" in refused(bare(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, -1])
+def test_truncated_tensors(saved: Path, kept: int) -> None:
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:kept])
+    assert "truncated or was changed" in refused(bare(), saved)
+
+
+def test_tampered_tensors(saved: Path) -> None:
+    blob = bytearray((saved / WEIGHTS).read_bytes())
+    blob[-1] ^= 1
+    (saved / WEIGHTS).write_bytes(bytes(blob))
+    assert "truncated or was changed" in refused(bare(), saved)
+
+
+def test_a_file_that_is_no_safetensors_though_its_checksum_fits(saved: Path) -> None:
+    (saved / WEIGHTS).write_bytes(b"not safetensors")
+    edit(saved, sha256=hashlib.sha256(b"not safetensors").hexdigest())
+    assert "damaged" in refused(bare(), saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {k: v for k, v in t.items() if not k.startswith("2.")},
+        lambda t: {**t, "9.attention.weight": torch.zeros(3)},
+        lambda t: {**t, "1.attention.weight": torch.zeros(3)},
+    ],
+    ids=["missing", "unknown site", "wrong shape"],
+)
+def test_tensors_that_do_not_fit_the_configuration(saved: Path, change: Any) -> None:
+    replace_tensors(saved, change)
+    assert "does not fit its own configuration" in refused(bare(), saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"format": "one"}', '{"format": 0}', "\udcff"])
+def test_damaged_json(saved: Path, text: str) -> None:
+    (saved / CONFIG).write_bytes(text.encode(errors="surrogateescape"))
+    assert "damaged" in refused(bare(), saved)
+
+
+@pytest.mark.parametrize("key", ["config", "base_model", "sha256"])
+def test_missing_entries(saved: Path, key: str) -> None:
+    edit(saved, **{key: None})
+    assert "save the routers again" in refused(bare(), saved)
+
+
+@pytest.mark.parametrize("calibration", [{}, {"points": [{"keep": "x"}], "n_sequences": 1}, 3], ids=str)
+def test_a_damaged_calibration(saved: Path, calibration: Any) -> None:
+    edit(saved, calibration=calibration)
+    assert "does not fit its own configuration" in refused(bare(), saved)
+
+
+def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
+    edit(saved, format=FORMAT + 1, config={"method": "of the future"})
+    message = refused(bare(), saved)
+    assert f"format {FORMAT + 1}" in message
+    assert "pip install -U dynadepth" in message
+
+
+# ---- values of the configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "mindskp"}, "Unknown .*'mindskp'.*Did you mean 'mindskip'"),
+        ({"capasity": 0.5}, "no setting 'capasity'.*Did you mean 'capacity'"),
+        ({"capacity": 0}, "capacity must be above 0 and at most 1, not 0"),
+        ({"capacity": 1.5}, "capacity .*1.5"),
+        ({"capacity": math.nan}, "capacity .*nan"),
+        ({"capacity": "half"}, "capacity .*'half'"),
+        ({"penalty": -1}, "penalty .*-1"),
+        ({"penalty": math.nan}, "penalty .*nan"),
+        ({"layers": [0, 0]}, "layers must be distinct whole numbers"),
+        ({"layers": []}, "at least one layer"),
+        ({"layers": ["1"]}, "layers must be distinct whole numbers"),
+        ({"layers": 3}, "layers must be distinct whole numbers"),
+        ({"layers": "some"}, "layers must be distinct whole numbers"),
+        ({"layers": [4]}, r"layers \[4\] do not exist.*4 layers, 0 to 3"),
+        ({"layers": [-1]}, r"layers \[-1\] do not exist"),
+        ({"kv_policy": "keep"}, "kv_policy must be one of project, drop, not 'keep'"),
+        ({"target": "atention"}, "Unknown target 'atention'.*Did you mean 'attention'"),
+        ({"granularity": "tokens"}, "Unknown granularity 'tokens'.*Did you mean 'token'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_values(saved: Path, changes: dict[str, Any], message: str) -> None:
+    data = json.loads((saved / CONFIG).read_text())
+    edit(saved, config={**data["config"], **changes})
+    model = bare()
+    with pytest.raises(DynadepthError, match=message):
+        load(model, saved)
+    assert not is_attached(model)
+    if "method" not in changes and "capasity" not in changes:  # the same from Python
+        with pytest.raises(ConfigError, match=message):
+            attach(bare(), MindSkipConfig(**changes))
+
+
+@pytest.mark.parametrize("skip", [(0, 0), ("1",), 2, (1, 9)])
+def test_bad_static_routes(skip: Any) -> None:
+    with pytest.raises(ConfigError, match=r"skip|\[9\] do not exist"):
+        attach(bare(), StaticConfig(skip=skip))
+
+
+# ---- failures while writing
+
+
+@pytest.mark.parametrize("failing", [WEIGHTS, CONFIG])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_failed_write_leaves_the_old_routers(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str, number: int
+) -> None:
+    before = content(saved)
+    for method in ("write_bytes", "write_text"):
+        original = getattr(Path, method)
+
+        def write(self: Path, data: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            if failing in self.name:
+                original(self, data[: len(data) // 2], *args, **kwargs)
+                raise OSError(number, "the disk says no")
+            return original(self, data, *args, **kwargs)
+
+        monkeypatch.setattr(Path, method, write)
+    with pytest.raises(AdapterError, match="No space left" if number == errno.ENOSPC else "the disk says no"):
+        save(routed(layers=(1,)), saved)
+    monkeypatch.undo()
+    assert content(saved) == before
+    assert len(routing_of(load(bare(), saved)).sites) == 4
+
+
+def test_an_interrupt_while_writing_leaves_the_old_routers(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(saved)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(routed(layers=(1,)), saved)
+    assert content(saved) == before
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(AdapterError, match=r"cannot be saved in .*taken"):
+        save(routed(), tmp_path / "taken")
