@@ -204,12 +204,28 @@ def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], 
     for part in _entrances(base):
         part.depth_routing = routing  # type: ignore[assignment]
         swap_class(part, RoutedModel)
+    head = base.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(folded_input)
     if routing.trainable and vars(base).get("_require_grads_hooks"):
         base.disable_input_require_grads()
         base.enable_input_require_grads()  # the routed model's own: see there
     for module in base.modules():
         if "_gradient_checkpointing_func" in vars(module):
             module._gradient_checkpointing_func = carrying_context(module._gradient_checkpointing_func)  # type: ignore
+
+
+def folded_input(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Keeps the vocabulary head fast though it is frozen.
+
+    The last tokens' states `[B, t, D]` are a slice whose first two dimensions do not fold into one. Where the weight
+    requires no gradient, torch then multiplies with an expanded copy of it (B times the head), which takes longer than
+    a prefill.
+    """
+    hidden = args[0]
+    if hidden.dim() == 3 and hidden.stride(0) != hidden.shape[1] * hidden.stride(1):
+        return (hidden.clone(memory_format=torch.contiguous_format), *args[1:])
+    return None
 
 
 def _entrances(base: PreTrainedModel) -> list[nn.Module]:
@@ -231,6 +247,10 @@ def detach(model: M) -> M:
         restore_class(module, RoutedSublayer)
         delattr(module, ROUTER)
         del module.depth_state
+    head = base.get_output_embeddings()
+    if head is not None:
+        for key in [key for key, hook in head._forward_pre_hooks.items() if hook is folded_input]:
+            del head._forward_pre_hooks[key]
     trainable = set(routing.trainable_before)
     for name, parameter in base.named_parameters():
         if name in trainable:

@@ -134,6 +134,7 @@ def test_scores_come_from_the_harness(oracle, folder):
     assert found["arc_easy"].rows == (0.0, 0.0, 1.0)
     assert (found["mmlu"].metric, found["mmlu"].acc) == ("acc", 1.0)
     assert found["boolq"].value == 1.0
+    assert found["winogrande"].acc_norm is None
     assert found["lambada_openai"].perplexity == pytest.approx(math.exp(0.5))
     assert (found["lambada_openai"].acc, found["lambada_openai"].acc_norm) == (1.0, None)
     assert (found["gsm8k_test"].metric, found["gsm8k_test"].acc, found["gsm8k_test"].n) == ("acc", 1.0, 3)

@@ -9,6 +9,7 @@ Shape suffixes: B sequences, T tokens. Padding is on the left or on the right, o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from dynadepth.routing.granularity import Granularity, granularity_named
 from dynadepth.routing.registry import import_modules, subclasses
 from dynadepth.routing.target import Target, target_named
 
-from .models import FUSED, LAYERS, MODELS, VOCABULARY, tiny
+from .models import FAMILIES, FUSED, LAYERS, MODELS, VOCABULARY, tiny
 
 BATCH, TOKENS, PADDING = 3, 12, (4, 0, 2)
 LAYER_RANGE = tuple(range(LAYERS))
@@ -87,6 +88,10 @@ def is_refused(name: str, cell: Cell) -> bool:
 
 REFUSED = [(name, cell) for name in MODELS for cell in CELLS if is_refused(name, cell)]
 MATRIX = [(name, cell) for name in MODELS for cell in CELLS if not is_refused(name, cell)]
+ONCE = [(name, cell) for name, cell in MATRIX if name in FAMILIES]
+"""Every family with one attention implementation, for what does not depend on it."""
+SHORT = [(name, cell) for name, cell in ONCE if name in ("llama", "mistral", "gemma3", "gpt_neox_serial", "gpt_oss")]
+"""A few that differ most, for what hardly depends on the architecture."""
 
 
 def over(pairs: list[tuple[str, Cell]]) -> Any:
@@ -131,7 +136,8 @@ def routed(name: str, cell: Cell, batch: dict[str, Tensor], seed: int = 0, **opt
     model = cell.attach(tiny(name))
     generator = torch.Generator().manual_seed(seed)
     real = batch["attention_mask"].bool()
-    for site, router in dynadepth.routing_of(model).routers().items():  # from the bottom: each sees what those below leave
+    # From the bottom: each router sees what those below it leave.
+    for site, router in dynadepth.routing_of(model).routers().items():
         for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         logits = model(**batch, **options).depth_logits[site]
@@ -143,7 +149,9 @@ def routed(name: str, cell: Cell, batch: dict[str, Tensor], seed: int = 0, **opt
     return model
 
 
-def in_chunks(model: Any, batch: dict[str, Tensor], lengths: tuple[int, ...], given: Any = None, **options: Any) -> list[Any]:
+def in_chunks(
+    model: Any, batch: dict[str, Tensor], lengths: tuple[int, ...], given: Any = None, **options: Any
+) -> list[Any]:
     """The outputs of a prefill of `lengths[0]` tokens and its continuations on one cache.
 
     `given`: decisions to inject, those of a token cut like the ids.
@@ -154,13 +162,10 @@ def in_chunks(model: Any, batch: dict[str, Tensor], lengths: tuple[int, ...], gi
         part = slice(start, start + length)
         now = None if given is None else {s: d if d.dim() == 1 else d[:, part] for s, d in given.items()}
         mask = batch["attention_mask"][:, : start + length]
-        arguments = {"input_ids": batch["input_ids"][:, part], "attention_mask": mask, "past_key_values": cache, **options}
-        with torch.no_grad():
-            if now is None:
-                outputs.append(model(**arguments))
-            else:
-                with dynadepth.fixed_routes(model, now):
-                    outputs.append(model(**arguments))
+        arguments = {"input_ids": batch["input_ids"][:, part], "attention_mask": mask, "past_key_values": cache}
+        routes = nullcontext() if now is None else dynadepth.fixed_routes(model, now)
+        with torch.no_grad(), routes:
+            outputs.append(model(**arguments, **options))
         cache, start = outputs[-1].past_key_values, start + length
     assert start == batch["input_ids"].shape[1]
     return outputs

@@ -51,13 +51,20 @@ def _qwen3() -> PreTrainedModel:
 
 def _gemma2() -> PreTrainedModel:
     config = hf.Gemma2Config(
-        **COMMON, head_dim=16, sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+        **COMMON,
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=MIXED,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,
     )
     return hf.Gemma2ForCausalLM(config)
 
 
 def _gemma3() -> PreTrainedModel:
-    config = hf.Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=16)
+    config = hf.Gemma3TextConfig(
+        **COMMON, head_dim=16, sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=16
+    )
     return hf.Gemma3ForCausalLM(config)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dynadepth
 
-from .matrix import BATCH, MATRIX, Cell, assert_same, inputs, over, routed
+from .matrix import BATCH, MATRIX, ONCE, Cell, assert_same, inputs, over, routed
 
 NEW = 5
 
@@ -48,7 +48,7 @@ def test_generate(name: str, cell: Cell) -> None:
         assert cache.kv_bytes() == kv_bytes, "padding never executes, so it leaves no keys"
 
 
-@over(MATRIX)
+@over(ONCE)
 def test_forward_with_padding_on_the_right(name: str, cell: Cell) -> None:
     batch = inputs("right")
     model = routed(name, cell, batch)

@@ -11,7 +11,7 @@ import dynadepth
 from dynadepth import DepthConfig
 from dynadepth.routing.registry import import_modules, subclasses
 
-from .matrix import CELLS, MATRIX, Cell, inputs, over
+from .matrix import CELLS, MATRIX, SHORT, Cell, inputs, over
 from .models import tiny
 
 import_modules("dynadepth.methods")
@@ -78,7 +78,7 @@ def test_every_method_can_execute_all(method: type[DepthConfig], cell: Cell) -> 
 
 
 @torch.no_grad()
-@over(MATRIX)
+@over(SHORT)
 def test_disabled_is_the_bare_model_whatever_the_routers_say(name: str, cell: Cell) -> None:
     model, batch = tiny(name).requires_grad_(False), inputs()
     wanted = model(**batch).logits

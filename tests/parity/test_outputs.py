@@ -6,7 +6,7 @@ import torch
 
 import dynadepth
 
-from .matrix import MATRIX, TOKENS, Cell, assert_same, decisions, in_chunks, inputs, over
+from .matrix import MATRIX, ONCE, TOKENS, Cell, assert_same, decisions, in_chunks, inputs, over
 from .models import LAYERS, WIDTH, tiny
 from .oracle import reference
 
@@ -14,7 +14,7 @@ CHUNKS = (7, 3, 1, 1)
 EAGER = [(name, cell) for name, cell in MATRIX if tiny(name).config._attn_implementation == "eager"]
 
 
-@over(MATRIX)
+@over(ONCE)
 def test_hidden_states(name: str, cell: Cell) -> None:
     model, batch, given = tiny(name), inputs(), decisions(cell)
     wanted = reference(model, cell, given, batch, output_hidden_states=True).hidden_states
@@ -72,7 +72,7 @@ def test_attentions_where_nothing_executes(name: str, cell: Cell) -> None:
         assert not any(weights.any() for weights in out.attentions)
 
 
-@over([pair for pair in MATRIX if pair[0] in ("mixtral", "olmoe", "gpt_oss")])
+@over([pair for pair in ONCE if pair[0] in ("mixtral", "olmoe", "gpt_oss")])
 def test_router_logits_of_experts_stay_the_models_own(name: str, cell: Cell) -> None:
     model, batch, given = tiny(name), inputs(), decisions(cell)
     # Scored after a prompt, which a sequence-level router pools: without one it would take some of the scored tokens.

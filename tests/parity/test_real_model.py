@@ -39,7 +39,8 @@ def generated(model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
 def test_execute_all_is_the_bare_model(smollm2_path: Path, batch: Any) -> None:
     model = hub.load_model(str(smollm2_path), dtype=torch.bfloat16).requires_grad_(False)
     before, logits, tokens = form(model), model(**batch).logits, generated(model, batch)[0]
-    for target, granularity in (("attention", "sequence"), ("attention", "token"), ("mlp", "token"), ("block", "sequence")):
+    for cell in ("attention sequence", "attention token", "mlp token", "block sequence"):
+        target, granularity = cell.split()
         dynadepth.attach(model, MindSkipConfig(target=target, granularity=granularity, layers=tuple(range(30))))
         assert torch.equal(model(**batch).logits, logits)
         if target == "attention":

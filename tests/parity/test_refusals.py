@@ -33,7 +33,8 @@ def refuse(model: Any, config: MindSkipConfig, *words: str) -> None:
 
 @over(REFUSED)
 def test_fused_projections(name: str, cell: Cell) -> None:
-    refuse(tiny(name), MindSkipConfig(**cell.settings), "kv_policy='project'", "fused", "kv_policy='drop'", "granularity='sequence'")
+    words = ("kv_policy='project'", "fused", "kv_policy='drop'", "granularity='sequence'")
+    refuse(tiny(name), MindSkipConfig(**cell.settings), *words)
 
 
 def test_projections_that_differ_from_the_declared_ones() -> None:
@@ -81,8 +82,9 @@ def test_layers_that_a_skip_would_change(kind: type[nn.Module], cell: Cell) -> N
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
 def test_state_space_models(target: str) -> None:
-    model = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=97, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=4))
-    refuse(model, MindSkipConfig(target=target), "MambaBlock has no 'self_attn'", "norm, mixer", "Only layers with attention")
+    config = hf.MambaConfig(vocab_size=97, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=4)
+    words = ("MambaBlock has no 'self_attn'", "norm, mixer", "Only layers with attention")
+    refuse(hf.MambaForCausalLM(config), MindSkipConfig(target=target), *words)
 
 
 def test_hybrid_models_name_the_layer_without_attention() -> None:
@@ -110,8 +112,8 @@ def test_hybrid_models_name_the_layer_without_attention() -> None:
 
 
 def test_models_with_parts_of_other_names() -> None:
-    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=97, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1))
-    refuse(model, MindSkipConfig(), "'layers'", "dynadepth/architectures")
+    config = hf.GPT2Config(vocab_size=97, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+    refuse(hf.GPT2LMHeadModel(config), MindSkipConfig(), "'layers'", "dynadepth/architectures")
 
 
 def test_models_without_weights() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dynadepth
 
-from .matrix import BATCH, MATRIX, TOKENS, Cell, in_chunks, inputs, over, routed
+from .matrix import BATCH, ONCE, SHORT, TOKENS, Cell, in_chunks, inputs, over, routed
 from .models import LAYERS, tiny
 from .oracle import attention_of, layers_of, module_of
 
@@ -63,34 +63,28 @@ def exact_decisions(cell: Cell) -> dict[Any, Tensor]:
     return given
 
 
-@over(MATRIX)
+@over(ONCE)
 def test_skipped_units_run_no_kernel(name: str, cell: Cell) -> None:
     model, batch, given = cell.attach(tiny(name)), inputs(), exact_decisions(cell)
     lengths = (TOKENS - 2, 1, 1)
-    for site in cell.sites:
-        layer = layers_of(model)[site.layer]
-        start = 0
-        with tokens_through(module_of(layer, cell.target)) as counts:
-            for length in lengths:
-                before = dict(counts)
-                _continue(model, batch, given, start, length)
-                execute = given[site][:, start : start + length].sum() if not cell.sticky else given[site].sum() * length
-                start += length
+    with ExitStack() as stack:
+        modules = {site: module_of(layers_of(model)[site.layer], cell.target) for site in cell.sites}
+        counted = {site: stack.enter_context(tokens_through(module)) for site, module in modules.items()}
+        start, cache = 0, None
+        for length in lengths:
+            for counts in counted.values():
+                counts.update({part: -count for part, count in counts.items()})
+            stop = start + length
+            now = {site: execute if cell.sticky else execute[:, start:stop] for site, execute in given.items()}
+            mask = batch["attention_mask"][:, :stop]
+            with torch.no_grad(), dynadepth.fixed_routes(model, now):
+                out = model(batch["input_ids"][:, start:stop], attention_mask=mask, past_key_values=cache)
+            start, cache = stop, out.past_key_values
+            for site, counts in counted.items():
+                execute = int(now[site].sum()) * (length if cell.sticky else 1)
                 for part, count in counts.items():
-                    wanted = int(execute)
-                    if cell.has_policy and cell.kv_policy == "project" and part.endswith(("k_proj", "v_proj")):
-                        wanted = BATCH * length
-                    assert count - before[part] == wanted, (site, part, start)
-
-
-def _continue(model: Any, batch: dict[str, Tensor], given: Any, start: int, length: int) -> None:
-    """One forward of the tokens `start` to `start + length`, on the cache of the forward before."""
-    stop = start + length
-    now = {s: d if d.dim() == 1 else d[:, start:stop] for s, d in given.items()}
-    cache = None if not start else model._cache_of_this_test
-    with torch.no_grad(), dynadepth.fixed_routes(model, now):
-        out = model(batch["input_ids"][:, start:stop], attention_mask=batch["attention_mask"][:, :stop], past_key_values=cache)
-    model._cache_of_this_test = out.past_key_values
+                    projects = cell.has_policy and cell.kv_policy == "project" and part.endswith(("k_proj", "v_proj"))
+                    assert count == (BATCH * length if projects else execute), (site, part, start)
 
 
 def dense_bytes(model: Any, layer: int, tokens: int) -> int:
@@ -105,7 +99,7 @@ def dense_bytes(model: Any, layer: int, tokens: int) -> int:
     return 2 * heads * width * tokens * 4
 
 
-@over(MATRIX)
+@over(ONCE)
 def test_skipped_units_store_nothing(name: str, cell: Cell) -> None:
     model, batch, given = tiny(name), inputs(), exact_decisions(cell)
     dense = sum(dense_bytes(model, layer, TOKENS) * BATCH for layer in range(LAYERS))
@@ -120,8 +114,9 @@ def test_skipped_units_store_nothing(name: str, cell: Cell) -> None:
     elif cell.has_policy and cell.kv_policy == "drop":
         wanted = 0
         for site in cell.sites:
-            held = dense_bytes(model, site.layer, TOKENS) // dense_bytes(model, site.layer, 1)  # what a window still shows
-            wanted += dense_bytes(model, site.layer, 1) * int(given[site][:, TOKENS - held :].sum())
+            one = dense_bytes(model, site.layer, 1)
+            held = dense_bytes(model, site.layer, TOKENS) // one  # tokens that a window still shows
+            wanted += one * int(given[site][:, TOKENS - held :].sum())
     assert cache.kv_bytes() == wanted
     assert cache.reserved_bytes() >= wanted
     if not (cell.has_policy and cell.kv_policy == "drop"):
@@ -150,7 +145,7 @@ def _noting(name: str, method: Any, asked: list[str]) -> Any:
     return noted
 
 
-@over([pair for pair in MATRIX if pair[0] in ("llama", "gemma3", "gpt_oss")])
+@over(SHORT)
 def test_host_transfers(name: str, cell: Cell) -> None:
     batch = inputs()
     model, last = routed(name, cell, batch), TOKENS - 1

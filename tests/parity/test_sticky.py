@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import dynadepth
 
-from .matrix import MATRIX, TOKENS, Cell, assert_same, inputs, over, routed
+from .matrix import SHORT, TOKENS, Cell, assert_same, inputs, over, routed
 
 PROMPT = TOKENS - 3
 CHANGES: dict[str, tuple[list[int], Any]] = {
@@ -18,7 +19,6 @@ CHANGES: dict[str, tuple[list[int], Any]] = {
     "select": ([2, 1], lambda cache, rows: cache.batch_select_indices(torch.tensor(rows))),
     "repeat": ([0, 0, 1, 1, 2, 2], lambda cache, rows: cache.batch_repeat_interleave(2)),
 }
-PAIRS = [pair for pair in MATRIX if pair[0] in ("llama", "mistral", "gemma3", "gpt_neox_serial", "gpt_oss")]
 
 
 def forward(model: Any, batch: dict[str, Tensor], start: int, stop: int, cache: Any, rows: Any = slice(None)) -> Any:
@@ -29,7 +29,7 @@ def forward(model: Any, batch: dict[str, Tensor], start: int, stop: int, cache: 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@over(PAIRS)
+@over(SHORT)
 def test_rows_take_their_routes_along(name: str, cell: Cell, change: str) -> None:
     batch = inputs()
     model = routed(name, cell, batch)
@@ -46,14 +46,12 @@ def test_rows_take_their_routes_along(name: str, cell: Cell, change: str) -> Non
     assert cache.routes == {site: [route[row] for row in rows] for site, route in routes.items()}
 
 
-@over(PAIRS)
+@over(SHORT)
 def test_tokens_taken_back(name: str, cell: Cell) -> None:
     batch = inputs()
     model = routed(name, cell, batch)
     straight = forward(model, batch, 0, PROMPT, None).past_key_values
     wanted = [forward(model, batch, t, t + 1, straight) for t in range(PROMPT, TOKENS)]
-
-    from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
@@ -68,7 +66,7 @@ def test_tokens_taken_back(name: str, cell: Cell) -> None:
     assert cache.routes == routes
 
 
-@over(PAIRS)
+@over(SHORT)
 def test_two_generations_at_once(name: str, cell: Cell) -> None:
     one, other = inputs(seed=0), inputs("right", seed=1)
     model = routed(name, cell, one)
@@ -91,7 +89,7 @@ def forward_rest(model: Any, batch: dict[str, Tensor]) -> Any:
 
 
 def test_a_route_is_kept_where_the_router_would_now_decide_otherwise() -> None:
-    cell = next(pair[1] for pair in MATRIX if pair[1].sticky)
+    cell = next(cell for _, cell in SHORT if cell.sticky)
     batch = inputs()
     model = routed("llama", cell, batch)
     cache = forward(model, batch, 0, PROMPT, None).past_key_values

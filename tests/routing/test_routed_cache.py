@@ -1,6 +1,6 @@
 """`RoutedCache` as a set of logical rows: random reorderings, selections, repetitions and crops against a slow one.
 
-The slow reference keeps, for each logical row, its tokens and the route that its prompt got when it was prefilled
+The slow one keeps, for each logical row, its tokens and the route that its prompt got when it was prefilled
 alone; what a row must answer next is a fresh forward of those tokens under that route, without any cache.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynadepth import Site, fixed_routes, routing_of
+from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.sparse_layer import SparseLayer
 from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, ids, mixed, ragged, routed
 
@@ -38,7 +39,7 @@ class Rows:
 
     def __init__(self, model: Any, lengths: list[int], cache: DynamicCache) -> None:
         self.model, self.cache, self.sites = model, cache, routing_of(model).sites
-        self.sticky = routing_of(model).granularity.sticky
+        self.sticky, self.since_crop = routing_of(model).granularity.sticky, 10**6
         batch = ragged(lengths)
         self.rows = []
         for tokens, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
@@ -71,6 +72,7 @@ class Rows:
 
     def step(self, seed: int) -> None:
         new = ids(len(self.rows), 1 + seed % 2, seed)
+        self.since_crop += new.shape[1]
         extended = zip(self.rows, new.tolist(), strict=True)
         self.rows = [Row(row.padding, row.tokens + tuple(more), row.route) for row, more in extended]
         self.check(new)
@@ -101,7 +103,12 @@ class Rows:
 
     def crop(self, seed: int) -> None:
         count = min(1 + seed % 5, min(len(row.tokens) for row in self.rows) - 1)
-        self.cache.crop(-count)
+        try:
+            self.cache.crop(-count)
+        except UnsupportedCacheError:  # windows remember what came since the last crop; the rows are as before
+            assert count > self.since_crop
+            return
+        self.since_crop = 0
         if count:
             self.rows = [Row(row.padding, row.tokens[:-count], row.route) for row in self.rows]
 
@@ -117,7 +124,7 @@ OPERATIONS = st.sampled_from(["reorder", "select", "mask", "repeat", "crop", "co
 def test_rows_survive_whatever_is_done_to_the_cache(family: str, granularity: str, kv_policy: str) -> None:
     model = routed(family, granularity=granularity, kv_policy=kv_policy).requires_grad_(False)
 
-    @settings(max_examples=10, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(
         st.lists(st.integers(1, 6), min_size=1, max_size=4),
         st.lists(st.tuples(OPERATIONS, st.integers(0, 99)), min_size=1, max_size=5),

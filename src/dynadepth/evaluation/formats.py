@@ -69,7 +69,9 @@ class Format:
         """The harness's metrics that are means over rows."""
         if self.output_type == "generate_until":
             return ("exact_match",)
-        return ("acc", "acc_bytes") if self.output_type == "multiple_choice" else ("acc",)
+        # The harness would normalise by the options, which for WinoGrande are the contexts and not what is scored.
+        normalised = self.output_type == "multiple_choice" and "context_options" not in self.fields
+        return ("acc", "acc_bytes") if normalised else ("acc",)
 
 
 def _mean(metric: str) -> dict[str, Any]:

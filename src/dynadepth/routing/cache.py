@@ -189,10 +189,10 @@ class RoutedCache(DynamicCache):
         if remaining == 0 and tokens_to_remove:
             self.reset()
             return
-        if tokens_to_remove and any(map(_forgets, self.layers)):
+        if tokens_to_remove and any(_forgot(layer, -tokens_to_remove) for layer in self.layers):
             raise UnsupportedCacheError(
                 "The sliding windows of this cache have forgotten what would come back: call "
-                "`cache.activate_past_recording()` before the tokens that may be cropped."
+                "`cache.activate_past_recording()` before the tokens that may be cropped, and crop only what came since."
             )
         for layer in self.layers:
             if isinstance(layer, SparseLayer):
@@ -235,10 +235,10 @@ class RoutedCache(DynamicCache):
         return total
 
 
-def _forgets(layer: Any) -> bool:
-    """Has this layer dropped states that a crop would need?"""
+def _forgot(layer: Any, count: int) -> bool:
+    """Has this layer dropped states that it would need again without its last `count` tokens?"""
     if isinstance(layer, SparseLayer):
         return layer.forgot
     if not getattr(layer, "is_sliding", False) or not layer.is_initialized:
         return False
-    return layer.cumulative_length >= layer.sliding_window and not layer.record_past
+    return layer.keys.shape[2] - count < min(layer.cumulative_length - count, layer.sliding_window - 1)
