@@ -1,5 +1,4 @@
 """`generate()` on routed models: in every mode, each row of a batch does what it does alone, on its own sticky route.
-route.
 
 Compared are the logits of every step, not the tokens alone: a lost key changes few tokens of a tiny model, but every
 logit.

@@ -6,6 +6,7 @@ route is decided from the whole prompt.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dynadepth import fixed_routes, routing_of
 from dynadepth.routing.forward import content_prefix
+from dynadepth.routing.granularity import PerSequence
 from small import FAMILIES, VOCABULARY, ids, ragged, routed
 
 LENGTH, PROMPT = 10, 4
@@ -103,6 +105,15 @@ def test_padding_is_not_pooled_and_not_the_prompt(side: str) -> None:
         one = model(input_ids=batch["input_ids"][row : row + 1, real[row]], labels=labels[row : row + 1, real[row]])
         for site, logits in out.depth_logits.items():
             torch.testing.assert_close(logits[row], one.depth_logits[site][0], atol=1e-4, rtol=1e-4)
+
+
+def test_not_even_nan_comes_out_of_padding() -> None:
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[False, True, True], [True, True, True]])
+    context = SimpleNamespace(pool_mask=mask, padding_unknown=False)
+    wanted = PerSequence().pool(hidden, context)
+    torch.testing.assert_close(wanted, torch.stack([hidden[0, 1:].mean(0), hidden[1].mean(0)]))
+    hidden[0, 0] = torch.nan
+    assert torch.equal(PerSequence().pool(hidden, context), wanted)
 
 
 def test_a_prompt_mask_is_honoured_before_labels() -> None:

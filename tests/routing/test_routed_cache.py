@@ -86,7 +86,7 @@ class Rows:
 
     def select(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randint(len(self.rows), (1 + seed % 4,), generator=generator)
+        order = torch.randint(-len(self.rows), len(self.rows), (1 + seed % 4,), generator=generator)
         self.cache.batch_select_indices(order)
         self.rows = [self.rows[i] for i in order]
 

@@ -81,9 +81,8 @@ class RoutedCache(DynamicCache):
     def refuse(self, reason: str) -> NoReturn:
         """Raises UnsupportedCacheError for a forward that cannot read this cache."""
         raise UnsupportedCacheError(
-            f"This cache holds {self.seen} tokens of a routed forward and cannot be used here: {reason}. "
-            "Pass an empty cache "
-            "(or none) and the whole sequence."
+            f"This cache holds {self.seen} tokens of a routed forward and cannot be used here: {reason}. Pass an empty "
+            "cache (or none) and the whole sequence."
         )
 
     # ---- lengths: the truth is `seen`, whatever a layer stores
@@ -170,7 +169,8 @@ class RoutedCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self._take(indices.tolist(), indices)
+        order = [index % len(self.book.decided) for index in indices.tolist()]  # -1 is the last row
+        self._take(order, torch.tensor(order, dtype=torch.long))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = len(self.book.decided)

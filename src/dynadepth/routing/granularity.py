@@ -86,7 +86,8 @@ class PerSequence(Granularity):
             )
         if mask is None:
             return hidden.sum(1, dtype=torch.float32) / hidden.shape[1]
-        total = (hidden * mask.unsqueeze(-1)).sum(1, dtype=torch.float32)
+        # Not multiplied by the mask: what padding computes may be nan.
+        total = hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1, dtype=torch.float32)
         return total / mask.sum(1, keepdim=True).clamp(min=1)
 
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
