@@ -5,10 +5,10 @@ from math import exp
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "dynadepth"
-import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 TASKS = {"arc_easy": "acc_norm", "piqa": "acc_norm", "lambada_openai": "acc"}
@@ -55,10 +55,8 @@ def speed() -> str:
             efficiency = cell["skip_efficiency"]
             share = cell["kv_bytes_routed"] / cell["kv_bytes_dense"]
             shown = "–" if efficiency is None else f"{efficiency:.2f}"
-            lines.append(
-                f"| {cell['phase']} | {cell['context']:,} | {cell['speedup']:.2f}× (spread {100 * cell['spread']:.0f} %) "
-                f"| {shown} | {100 * share:.0f} % |"
-            )
+            speedup = f"{cell['speedup']:.2f}× (spread {100 * cell['spread']:.0f} %)"
+            lines.append(f"| {cell['phase']} | {cell['context']:,} | {speedup} | {shown} | {100 * share:.0f} % |")
     return "\n".join(lines)
 
 

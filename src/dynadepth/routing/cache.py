@@ -192,7 +192,8 @@ class RoutedCache(DynamicCache):
         if tokens_to_remove and any(_forgot(layer, -tokens_to_remove) for layer in self.layers):
             raise UnsupportedCacheError(
                 "The sliding windows of this cache have forgotten what would come back: call "
-                "`cache.activate_past_recording()` before the tokens that may be cropped, and crop only what came since."
+                "`cache.activate_past_recording()` before the tokens that may be cropped, and crop only what came "
+                "since."
             )
         for layer in self.layers:
             if isinstance(layer, SparseLayer):
