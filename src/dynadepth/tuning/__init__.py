@@ -8,7 +8,7 @@ from typing import Any
 
 from dynadepth.tuning.data import Collator, Example, load_examples
 from dynadepth.tuning.recipe import Recipe, known_recipes, load_recipe
-from dynadepth.tuning.self_data import self_examples
+from dynadepth.tuning.self_data import plain_passages, self_examples
 from dynadepth.tuning.trainer import RouterTrainer, TuneResult, tune
 
 __all__ = [
@@ -37,19 +37,31 @@ def examples_for(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
-    """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model's own
-    answers."""
+    """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model itself.
+
+    With `self`, three of four are the model's answers to prompts and one is plain text that it writes, so that
+    thresholds calibrated on them also hold for text without a chat's frame.
+    """
     count = recipe.max_samples if max_samples is None else max_samples
-    if str(source) == "self":
-        return self_examples(
+    if str(source) != "self":
+        return load_examples(
+            source, tokenizer, max_samples=count, max_length=recipe.max_length, seed=seed, shuffle=recipe.shuffle
+        )
+    n_plain = count // 4
+
+    def write(maker: Callable[..., list[Example]], n: int, before: int) -> list[Example]:
+        return maker(
             model,
             tokenizer,
-            n=count,
+            n=n,
             max_new_tokens=recipe.answer_tokens,
             seed=seed,
-            progress=progress,
+            progress=None if progress is None else lambda done, _: progress(before + done, count),
             cache_dir=cache_dir,
         )
-    return load_examples(
-        source, tokenizer, max_samples=count, max_length=recipe.max_length, seed=seed, shuffle=recipe.shuffle
-    )
+
+    answers = write(self_examples, count - n_plain, 0)
+    passages = write(plain_passages, n_plain, len(answers)) if n_plain else []
+    for index, passage in enumerate(passages):
+        answers.insert(4 * index, passage)
+    return answers
