@@ -269,7 +269,15 @@ def test_a_dense_assistants_draft_does_not_change_a_routed_models_route(
 def test_both_routed_with_different_sites() -> None:
     main, assistant = routed(layers=(1, 2)), routed(layers=(0, 3), granularity="token")
     prompt = {"input_ids": ids(1, 5, seed=6)}
-    same(generate(main, prompt), generate(main, prompt, assistant_model=assistant), 0)
+    with recording() as record:
+        same(generate(main, prompt), generate(main, prompt, assistant_model=assistant), 0)
+    assert {site.layer for site in record.site_keep()} == {0, 1, 2, 3}
+
+
+@KIND
+def test_a_model_that_drafts_for_itself_by_an_early_exit(granularity: str, kv_policy: str) -> None:
+    model, prompt = routed(granularity=granularity, kv_policy=kv_policy), {"input_ids": ids(1, 5)}
+    same(generate(model, prompt), generate(model, prompt, assistant_early_exit=2), 0)
 
 
 def test_tokens_stay_in_the_vocabulary_without_a_mask_given() -> None:

@@ -39,6 +39,7 @@ def identity(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, Any]:
         name: getattr(config, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     }
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    name = Path(name).name if Path(name).is_dir() else name  # a folder's place on this machine tells nobody anything
     return {"name": name, **shape, "fingerprint": digest.hexdigest()[:16]}
 
 

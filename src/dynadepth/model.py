@@ -112,9 +112,9 @@ def attach(model: M, config: DepthConfig) -> M:
     """Routes a pretrained model in place and returns it.
 
     The backbone is frozen (a PeftModel keeps its own choice of trainable parameters); the new routers are trainable,
-    float32. Parameter names do not change. Raises UnsupportedModelError where the probe finds that the model cannot be
-    routed as asked (it is left as it was), ConfigError for a layer that does not exist or a model that is already
-    routed.
+    float32. PEFT freezes whatever it wraps, routers too: to train both, attach to the PeftModel. Parameter names do not
+    change. Raises UnsupportedModelError where the probe finds that the model cannot be routed as asked (it is left as
+    it was), ConfigError for a layer that does not exist or a model that is already routed.
     """
     base = unwrapped(model)
     if is_attached(base):

@@ -24,13 +24,15 @@ def generated(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     return out.sequences, torch.stack(out.logits, 1)
 
 
-def form(model: Any) -> list[tuple[str, type, list[str], dict[str, Any]]]:
-    """Everything that `attach` may touch: each module's type and attributes, each parameter's `requires_grad`."""
+def form(model: Any) -> list[tuple[Any, ...]]:
+    """Everything that `attach` may touch: each module's type, attributes and hooks, each parameter's
+    `requires_grad`."""
     return [
         (
             name,
             type(module),
             sorted(set(vars(module)) - {"_output_capturing_hooks_installed"}),
+            (len(module._forward_hooks), len(module._forward_pre_hooks)),
             {key: (id(p), p.requires_grad) for key, p in module.named_parameters(recurse=False)},
         )
         for name, module in model.named_modules()
@@ -41,10 +43,8 @@ def form(model: Any) -> list[tuple[str, type, list[str], dict[str, Any]]]:
 @over(MATRIX)
 def test_execute_all_is_the_bare_model(name: str, cell: Cell) -> None:
     model, batch = tiny(name), inputs()
-    # Frozen but for the norms: PyTorch multiplies by another kernel where a matrix requires gradients, even when none
-    # are recorded. The norms show whether `detach` puts back what was there.
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.dim() == 1)
+        parameter.requires_grad_(parameter.dim() > 1)  # frozen norms: `detach` must put back which ones were trainable
     before, wanted, steps = form(model), model(**batch).logits, generated(model, batch)
     unpadded = model(input_ids=batch["input_ids"]).logits
 
@@ -68,7 +68,7 @@ def test_execute_all_is_the_bare_model(name: str, cell: Cell) -> None:
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_method_can_execute_all(method: type[DepthConfig], cell: Cell) -> None:
-    model, batch = tiny("llama").requires_grad_(False), inputs()
+    model, batch = tiny("llama"), inputs()
     wanted, steps = model(**batch).logits, generated(model, batch)
     dynadepth.attach(model, method(**cell.settings))
     with dynadepth.fixed_routes(model, {}):
@@ -80,7 +80,7 @@ def test_every_method_can_execute_all(method: type[DepthConfig], cell: Cell) -> 
 @torch.no_grad()
 @over(SHORT)
 def test_disabled_is_the_bare_model_whatever_the_routers_say(name: str, cell: Cell) -> None:
-    model, batch = tiny(name).requires_grad_(False), inputs()
+    model, batch = tiny(name), inputs()
     wanted = model(**batch).logits
     cell.attach(model)
     with torch.no_grad():

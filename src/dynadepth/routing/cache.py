@@ -64,7 +64,8 @@ class RoutedCache(DynamicCache):
         assert isinstance(cache, RoutedCache)
         cache.seen, cache.book, cache.stored_rows, cache.layout = 0, RouteBook(), {}, layout
         for index in sparse_layers:
-            cache.layers[index] = SparseLayer(cache.layers[index])
+            if index < len(cache.layers):  # an early exit makes caches of fewer layers
+                cache.layers[index] = SparseLayer(cache.layers[index])
         return cache
 
     def release(self) -> None:

@@ -81,9 +81,11 @@ class Recorder:
     def site_keep(self, phase: Phase = None) -> dict[Site, float]:
         """Mean share executed per site over the sequences of a phase (`"prefill"`, `"decode"`, None: both)."""
         sequences = self._sequences(phase)
-        if not sequences:
-            return {}
-        return {site: sum(s[site] for s in sequences) / len(sequences) for site in sequences[0]}
+        shares: dict[Site, list[float]] = {}
+        for sequence in sequences:  # not all have the same sites where an assistant is routed, too
+            for site, share in sequence.items():
+                shares.setdefault(site, []).append(share)
+        return {site: sum(values) / len(values) for site, values in shares.items()}
 
     def keep_ratio(self, phase: Phase = None) -> KeepRatio | None:
         """Of the routed sites and of all sublayers of the target; None where nothing was recorded."""
