@@ -36,6 +36,21 @@ def same(one: Any, many: Any, row: int, rows_of_one: int = 1) -> None:
         torch.testing.assert_close(found[rows], expected, atol=2e-4, rtol=2e-4, msg=lambda m, s=step: f"step {s}: {m}")
 
 
+def as_one_forward(model: Any, batch: dict[str, Tensor], out: Any) -> None:
+    """A plain forward over prompt and answer, routed by the prompt alone, gives the logits of every step."""
+    whole, prompt = out.sequences, batch["input_ids"].shape[1]
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    mask = torch.cat([mask, mask.new_ones(len(whole), whole.shape[1] - prompt)], 1)
+    found = model(
+        input_ids=whole,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        prompt_mask=torch.arange(whole.shape[1]).expand(whole.shape) < prompt,
+        use_cache=False,
+    ).logits
+    torch.testing.assert_close(found[:, prompt - 1 : -1], torch.stack(out.logits, 1), atol=2e-4, rtol=2e-4)
+
+
 def route_of(cache: Any, row: int) -> list[bool]:
     return [route[row] for route in cache.routes.values()]
 
@@ -50,6 +65,7 @@ def distinct(cache: Any) -> int:
 def test_greedy_in_a_left_padded_batch(family: str, granularity: str, kv_policy: str) -> None:
     model, batch = routed(family, granularity=granularity, kv_policy=kv_policy), ragged([7, 3, 5, 1])
     many = generate(model, batch)
+    as_one_forward(model, batch, many)
     assert granularity == "token" or distinct(many.past_key_values) > 2
     for row in range(4):
         one = generate(model, alone(batch, row))
@@ -137,6 +153,7 @@ def test_num_return_sequences_share_the_route_of_their_prompt(granularity: str, 
 def test_one_token_prompts(family: str, granularity: str, kv_policy: str) -> None:
     model, prompt = routed(family, granularity=granularity, kv_policy=kv_policy), ids(5, 1)
     many = generate(model, {"input_ids": prompt})
+    as_one_forward(model, {"input_ids": prompt}, many)
     assert granularity == "token" or distinct(many.past_key_values) > 1
     for row in range(5):
         one = generate(model, {"input_ids": prompt[row : row + 1]})

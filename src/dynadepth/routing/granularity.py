@@ -85,9 +85,9 @@ class PerSequence(Granularity):
                 "padding: pass one of shape [batch, tokens], or the tokens to pool as prompt_mask."
             )
         if mask is None:
-            return hidden.sum(1, dtype=torch.float32) / hidden.shape[1]
+            return hidden.float().sum(1) / hidden.shape[1]
         # Not multiplied by the mask: what padding computes may be nan.
-        total = hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1, dtype=torch.float32)
+        total = hidden.to(torch.float32, copy=True).masked_fill_(~mask.unsqueeze(-1), 0).sum(1)
         return total / mask.sum(1, keepdim=True).clamp(min=1)
 
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
