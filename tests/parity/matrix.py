@@ -110,12 +110,15 @@ def inputs(side: str = "left", seed: int = 0) -> dict[str, Tensor]:
 
 
 def decisions(cell: Cell, seed: int = 0) -> dict[Site, Tensor]:
-    """Bools `[B]` or `[B, T]` for every site: rows and tokens mixed; one layer that all skip, one that all execute."""
+    """Bools `[B]` or `[B, T]` for every site: rows and tokens mixed; one layer that all skip, one that all execute.
+
+    The third layer is run by the first row alone, which with padding on the left begins after the others.
+    """
     generator = torch.Generator().manual_seed(seed)
     given = {}
     for site in cell.sites:
         if cell.sticky:
-            pattern = ((True, False, True), (False, False, False), (False, True, True), (True, True, True))
+            pattern = ((True, False, True), (False, False, False), (True, False, False), (True, True, True))
             given[site] = torch.tensor(pattern[site.layer])
             continue
         execute = torch.rand(BATCH, TOKENS, generator=generator) < 0.6

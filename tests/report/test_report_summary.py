@@ -44,19 +44,30 @@ def test_reused_routers_are_said():
     assert "used again" in " ".join(verdict(results(tuning=results()["tuning"] | {"reused": True})))
 
 
+def test_a_missed_budget_is_said():
+    assert "budget asked for" not in " ".join(verdict(_changed(keep_all=0.77, keep_questions=0.73)))
+    missed = " ".join(verdict(_changed(keep_all=0.7, keep_questions=0.74)))
+    assert "The budget asked for 75.0 %; what was executed is 70.0 % on the text." in missed
+
+
+def test_a_busy_machine_is_said():
+    assert "busy" not in " ".join(verdict(results()))
+    assert "up to 60%" in " ".join(verdict(results(speed={"routed": [cell("prefill", 1.1) | {"spread": 0.6}]})))
+
+
 def test_rows_mark_the_better_one():
     by_label = {row.label: row for row in rows(results())}
     assert by_label["perplexity"].better == "static"
     assert by_label["KL from dense, nats a token"].better == "routed"
     assert by_label["same next token as dense"].better is None  # equal
     assert by_label["accuracy, 160 questions"].values == ("50.0 %", "48.0 %", "45.0 %")
-    assert by_label["decode a token at 2,048"].values == ("500 ms", "417 ms (1.20×)", "400 ms (1.25×)")
+    assert by_label["decode a token at 2,048"].values == ("500 ms", "1.20×", "1.25×")
     assert by_label["KV cache at 2,048"].values == ("40.0 MB", "30.0 MB", "30.0 MB")
 
 
 def test_unknown_values_are_dashes_and_unknown_rows_absent():
     made = rows(
-        results(variants={"dense": {"perplexity": 20.0}}, speed={"static": [cell("prefill", 1.0) | {"routed_s": None}]})
+        results(variants={"dense": {"perplexity": 20.0}}, speed={"static": [cell("prefill", 1.0) | {"speedup": None}]})
     )
     assert [row.values for row in made] == [("20.00", "-", "-"), ("500 ms", "-", "-")]
     assert rows({}) == []

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dynadepth.cli import options
-from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, table, write_json
+from dynadepth.cli.session import facts, number, open_model, out, percent, progress, reporting, table, write_json
 
 
 def evaluate(
@@ -88,17 +88,17 @@ def show(results: dict[str, Any]) -> None:
             row = [Path(file).name, number(figures["ppl"], 2), number(figures["nll"]), number(figures["n_tokens"])]
             grid.add_row(*row, *([number(dense["perplexity"][file]["ppl"], 2)] if dense else []))
         console.print(grid)
-    grid = table("Routing", "", "value")
+    rows = []
     if results["kl"] is not None:
-        grid.add_row("KL(dense‖routed), nats a token", number(results["kl"], 4))
-        grid.add_row("same most likely token as dense", percent(results["agreement"]))
+        rows.append(("KL(dense‖routed), nats a token", number(results["kl"], 4)))
+        rows.append(("same most likely token as dense", percent(results["agreement"])))
     if results["keep_ratio"] is not None:
-        grid.add_row("executed, of the routed sites", percent(results["keep_ratio"]["routed"]))
-        grid.add_row("executed, of all sublayers of the target", percent(results["keep_ratio"]["all"]))
-        grid.add_row("FLOPs of the dense model", percent(results["flops_share"]))
-        grid.add_row("KV bytes of the dense model", percent(results["kv_share"]))
-    if grid.row_count:
-        console.print(grid)
+        rows.append(("executed, of the routed sites", percent(results["keep_ratio"]["routed"])))
+        rows.append(("executed, of all sublayers of the target", percent(results["keep_ratio"]["all"])))
+        rows.append(("FLOPs of the dense model", percent(results["flops_share"])))
+        rows.append(("KV bytes of the dense model", percent(results["kv_share"])))
+    if rows:
+        console.print(facts("Routing", rows))
 
 
 def _score(task: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from dynadepth.cli.session import open_model, out, percent, progress, reporting, table
+from dynadepth.cli.session import facts, open_model, out, percent, progress, reporting, table
 
 
 def info(
@@ -25,23 +25,21 @@ def info(
         from dynadepth.report.info import describe_model
 
         with progress(f"probing {model}"):
-            facts = describe_model(model, loaded)
-        show_model(facts)
+            description = describe_model(model, loaded)
+        show_model(description)
 
 
-def show_model(facts: dict[str, Any]) -> None:
+def show_model(description: dict[str, Any]) -> None:
     """Prints a model's facts, and which routing its probe allows."""
     console = out()
-    grid = table(facts["name"], "", "value")
-    for label in ("architecture", "layers", "hidden_size", "dtype", "fingerprint", "source", "licence"):
-        grid.add_row(label.replace("_", " "), Text(str(facts[label] or "-")))
-    grid.add_row("parameters", f"{facts['parameters']:,}")
-    console.print(grid)
-    grid = table("What can be routed", "target", *facts["routable"]["attention"])
+    labels = ("architecture", "layers", "hidden_size", "dtype", "fingerprint", "source", "licence")
+    rows = [(label.replace("_", " "), description[label] or "-") for label in labels]
+    console.print(facts(description["name"], [*rows, ("parameters", f"{description['parameters']:,}")]))
+    grid = table("What can be routed", "target", *description["routable"]["attention"])
     reasons = []
-    for target, allowed in facts["routable"].items():
-        answers = (allowed.get(label) for label in facts["routable"]["attention"])
-        cells = {True: f"{facts['layers']} sites", None: "-"}
+    for target, allowed in description["routable"].items():
+        answers = (allowed.get(label) for label in description["routable"]["attention"])
+        cells = {True: f"{description['layers']} sites", None: "-"}
         grid.add_row(target, *(cells.get(answer, "refused") for answer in answers))
         reasons += [f"{target}, {label}: {answer}" for label, answer in allowed.items() if answer is not True]
     console.print(grid)
@@ -49,32 +47,31 @@ def show_model(facts: dict[str, Any]) -> None:
         console.print(Text(reason, style="dim"))
 
 
-def show_routers(folder: str, facts: dict[str, Any]) -> None:
+def show_routers(folder: str, description: dict[str, Any]) -> None:
     """Prints what saved routers are."""
     from dynadepth.report.info import layer_ranges
 
-    config, base = facts["config"], facts["base_model"]
-    sites: dict[str, list[int]] = {}
-    for site in facts["sites"]:
+    config, base, n_layers = description["config"], description["base_model"], description["layers"]
+    rows: list[tuple[str, object]] = [
+        ("made for", f"{base.get('name')} (fingerprint {base.get('fingerprint')})"),
+        ("method", config.get("method")),
+        ("granularity", _granularity(config)),
+    ]
+    layers: dict[str, list[int]] = {}
+    for site in description["sites"]:
         layer, _, target = site.partition(".")
-        sites.setdefault(target, []).append(int(layer))
-    grid = table(f"Routers in {folder}", "", "value")
-    grid.columns[1].no_wrap = False
-    grid.add_row("made for", Text(f"{base.get('name')} (fingerprint {base.get('fingerprint')})"))
-    grid.add_row("method", Text(str(config.get("method"))))
-    grid.add_row("granularity", Text(_granularity(config)))
-    for target, layers in sites.items():
-        grid.add_row(f"sites, {target}", f"{len(layers)} of {facts['layers']}: layers {layer_ranges(layers)}")
-    grid.add_row("router parameters", f"{facts['parameters']:,}")
-    grid.add_row("budget", percent(facts["budget"]) if facts["budget"] is not None else "the method's own threshold")
-    if facts["budgets"] is None:
-        grid.add_row("calibrated budgets", "none: only budget 1.0 can be set")
+        layers.setdefault(target, []).append(int(layer))
+    for target, routed in layers.items():
+        rows.append((f"sites, {target}", f"{len(routed)} of {n_layers}: layers {layer_ranges(routed)}"))
+    rows.append(("router parameters", f"{description['parameters']:,}"))
+    budget, budgets = description["budget"], description["budgets"]
+    rows.append(("budget", "the method's own threshold" if budget is None else percent(budget)))
+    if budgets is None:
+        rows.append(("calibrated budgets", "none: only budget 1.0 can be set"))
     else:
-        low, high = facts["budgets"]
-        grid.add_row("calibrated budgets", f"{percent(low)} to {percent(high)}, on {facts['calibrated_on']} prompts")
-    for label, value in _provenance(facts["provenance"]):
-        grid.add_row(label, Text(value))
-    out().print(grid)
+        measured = f"{percent(budgets[0])} to {percent(budgets[1])}, on {description['calibrated_on']} prompts"
+        rows.append(("calibrated budgets", measured))
+    out().print(facts(f"Routers in {folder}", [*rows, *_provenance(description["provenance"])]))
 
 
 def _granularity(config: dict[str, Any]) -> str:

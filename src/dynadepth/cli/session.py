@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +151,18 @@ def table(title: str, *columns: str) -> Table:
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for index, name in enumerate(columns):
         made.add_column(name, justify="right" if index else "left", no_wrap=bool(index))
+    return made
+
+
+def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+    """Labels and values, one a line, values taken literally and wrapped where they are long."""
+    from rich import box
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE, title_style="bold", show_header=False)
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for label, value in rows:
+        made.add_row(label, Text(str(value)))
     return made
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 VARIANTS = ("dense", "routed", "static")
+ROUGH = 0.25
+"""Spread of timing samples (interquartile range over median) from which on a ratio means little."""
+TOLERANCE = 0.02
+"""How far a measured keep ratio may be from its budget."""
 TITLES = {"dense": "dense", "routed": "routed", "static": "static twin"}
 
 
@@ -80,6 +84,13 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             f"perplexity goes from {dense['perplexity']:.2f} to {routed['perplexity']:.2f}; the static twin, one fixed "
             f"route with the same keep ratio, has {static['perplexity']:.2f}: on this text {_winner(routed, static)}."
         )
+    asked = (results.get("settings") or {}).get("budget")
+    measured = {"text": routed.get("keep_all"), "questions": routed.get("keep_questions")}
+    missed = [
+        f"{_percent(keep)} on the {what}" for what, keep in measured.items() if keep and asked and _far(keep, asked)
+    ]
+    if asked is not None and missed:
+        said.append(f"The budget asked for {_percent(asked)}; what was executed is {' and '.join(missed)}.")
     interval = routed.get("accuracy_difference")
     if interval is not None and dense.get("accuracy") is not None:
         low, high = interval[-2:]
@@ -88,10 +99,17 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             f"Accuracy changes by {100 * (routed['accuracy'] - dense['accuracy']):+.1f} points against dense, which is "
             f"{noise} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})."
         )
-    spread = {place: cell["speedup"] for place, cell in _routed_cells(results) if cell.get("speedup")}
-    if spread:
-        parts = [f"{phase} at {context:,} tokens {speedup:.2f}×" for (phase, context), speedup in spread.items()]
+    speedups = {place: cell["speedup"] for place, cell in _routed_cells(results) if cell.get("speedup")}
+    if speedups:
+        parts = [f"{phase} at {context:,} tokens {speedup:.2f}×" for (phase, context), speedup in speedups.items()]
         said.append(f"Speed against dense in the same run: {', '.join(parts)}.")
+    spread = max(
+        (cell.get("spread") or 0 for cells in (results.get("speed") or {}).values() for cell in cells), default=0
+    )
+    if spread > ROUGH:
+        said.append(
+            f"The machine was busy while timing (samples spread by up to {spread:.0%}): these speeds are rough."
+        )
     distinct = _distinct_routes(results)
     if distinct is not None:
         count, total = distinct
@@ -107,6 +125,10 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             f"{tuning.get('n_train', '?')} samples{writing}{again}."
         )
     return said
+
+
+def _far(keep: float, asked: float) -> bool:
+    return abs(keep - asked) > TOLERANCE + 1e-9
 
 
 def _winner(routed: Mapping[str, Any], static: Mapping[str, Any]) -> str:
@@ -132,9 +154,10 @@ def _percent(share: float) -> str:
 
 
 def _speedup(cell: Mapping[str, Any] | None) -> str:
-    if cell is None or cell.get("routed_s") is None:
+    """The ratio alone: each variant was timed against dense in a run of its own, so only ratios can be compared."""
+    if cell is None or cell.get("speedup") is None:
         return "-"
-    return f"{1000 * cell['routed_s']:,.0f} ms ({cell['speedup']:.2f}×)"
+    return f"{cell['speedup']:.2f}×"
 
 
 def _bytes(count: float | None) -> str:

@@ -57,19 +57,21 @@ class ForwardContext:
         return self.cache.seen if self.cache is not None else 0
 
     def to_host(self, execute: Tensor | list[bool]) -> list[bool]:
-        """Decisions `[B]` as a list. The first call of a forward learns in the same transfer which rows decide now."""
+        """Decisions `[B]` as a list. The first call of a forward learns in the same transfer which rows decide now, and
+        whether every token is pooled, so that the sites above need not mask."""
         trace, undecided = self.trace, self.book.decided
         if trace.fresh is None and self.token_mask is None:
             trace.fresh = [not d for d in undecided]
         if trace.fresh is None:
             assert self.token_mask is not None
             real = self.token_mask.any(1)
-            if isinstance(execute, list):
-                flags = [execute, real.tolist()]
-            else:
-                flags = torch.stack([execute, real]).tolist()
-            trace.fresh = [not d and has for d, has in zip(undecided, flags[1], strict=True)]
-            return flags[0]
+            whole = torch.ones_like(real) if self.pool_mask is None else self.pool_mask.all(1)
+            asked = [real, whole] if isinstance(execute, list) else [execute, real, whole]
+            *decided, has_token, pooled = torch.stack(asked).tolist()
+            trace.fresh = [not d and has for d, has in zip(undecided, has_token, strict=True)]
+            if all(pooled):
+                self.pool_mask = None
+            return execute if isinstance(execute, list) else decided[0]
         return execute if isinstance(execute, list) else execute.tolist()
 
 
