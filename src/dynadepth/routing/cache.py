@@ -112,13 +112,15 @@ class RoutedCache(DynamicCache):
         layer, context = self.layers[layer_idx], current()
         if context is None or context.cache is not self:
             self.refuse("only the routed model that it belongs to can continue it")
-        if layer.is_initialized and self.offloading:
-            # the base class fetches the next layer ahead, which a skipped layer before this one did not
-            layer.prefetch()
         if isinstance(layer, SparseLayer):
             layer.begin(self.seen)
         elif self.seen and not layer.is_initialized:
             self._fill_past(layer, key_states, value_states)
+        if not self.offloading:
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if layer.is_initialized:
+            # the base class fetches the next layer ahead, which a skipped layer before this one did not
+            layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def admit(self, layer_idx: int, rows: Sequence[int]) -> None:

@@ -30,7 +30,8 @@ class ForwardContext:
     `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may
     see. `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from
     outside; sites not named execute. `masked`: run every unit and select (training); else run the executing units
-    alone. `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
+    alone. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
+    `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run).
     """
 
@@ -45,6 +46,7 @@ class ForwardContext:
     padding_unknown: bool = False
     output_attentions: bool = False
     injected: Mapping[Site, Injection] | None = None
+    whole: frozenset[Site] = frozenset()
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
 
     def given(self, site: Site) -> Injection | None:

@@ -168,6 +168,7 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
             pool_mask = given if pool_mask is None else pool_mask & given
     prefill = not book.complete if routing.granularity.sticky else cache_ is None or not cache_.seen or tokens > 1
     attentions = kwargs.get("output_attentions")
+    attentions = bool(getattr(text_config, "output_attentions", False) if attentions is None else attentions)
     return ForwardContext(
         owner=routing,
         trace=RoutingTrace(routing.n_layers, batch, tokens, token_mask, prefill),
@@ -178,8 +179,9 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         token_mask=token_mask,
         pool_mask=pool_mask,
         padding_unknown=mask is not None and token_mask is None and prompt_mask is None,
-        output_attentions=bool(getattr(text_config, "output_attentions", False) if attentions is None else attentions),
+        output_attentions=attentions,
         injected=injections(routing),
+        whole=frozenset() if prefill or masked or attentions or not routing.granularity.sticky else book.whole,
     )
 
 

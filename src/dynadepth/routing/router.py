@@ -36,10 +36,12 @@ class AbstractRouter(nn.Module, ABC):
 
     def decide(self, hidden: Tensor, with_gate: bool) -> RoutingDecision:
         """Decides for units of float32 hidden states `[..., D]`; `with_gate` adds the differentiable gate."""
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
-            logits = self(hidden)
-            execute = logits.detach() >= self.threshold
-            return RoutingDecision(execute, logits, self.gate(logits, execute) if with_gate else None)
+        if torch.is_autocast_enabled(hidden.device.type):
+            with torch.autocast(device_type=hidden.device.type, enabled=False):
+                return self.decide(hidden, with_gate)
+        logits = self(hidden)
+        execute = logits >= self.threshold
+        return RoutingDecision(execute, logits, self.gate(logits, execute) if with_gate else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follow the model to its device, but never to its dtype.

@@ -21,7 +21,8 @@ class RouteBook:
     def __init__(self) -> None:
         self.decided: list[bool] = []
         self.routes: dict[Site, list[bool]] = {}
-        self._index: dict[Site, Tensor] = {}
+        self._index: dict[Site, bool | Tensor] = {}
+        self._whole: frozenset[Site] | None = None
 
     def open(self, batch: int) -> None:
         """Starts or continues with `batch` rows; raises where a cache is continued with another number of rows."""
@@ -47,19 +48,24 @@ class RouteBook:
         """Sets the decisions of the rows that decide now; rows without a route yet (only padding so far) skip."""
         old = self.routes.get(site, [False] * len(self.decided))
         self.routes[site] = [bool(new) if now else kept for new, now, kept in zip(execute, fresh, old, strict=True)]
-        self._index.pop(site, None)
+        self._forget()
 
     def rows(self, site: Site, device: torch.device) -> bool | Tensor:
         """True: all rows execute; False: none; else the int64 index of those that do."""
-        route = self.routes[site]
-        if all(route):
-            return True
-        if not any(route):
-            return False
-        index = self._index.get(site)
-        if index is None or index.device != device:
-            index = self._index[site] = torch.tensor([i for i, on in enumerate(route) if on], device=device)
-        return index
+        rows = self._index.get(site)
+        if rows is None or (isinstance(rows, Tensor) and rows.device != device):
+            route = self.routes[site]
+            uniform = all(route) or not any(route)
+            rows = all(route) if uniform else torch.tensor([i for i, on in enumerate(route) if on], device=device)
+            self._index[site] = rows
+        return rows
+
+    @property
+    def whole(self) -> frozenset[Site]:
+        """Sites at which every row executes."""
+        if self._whole is None:
+            self._whole = frozenset(site for site, route in self.routes.items() if all(route))
+        return self._whole
 
     def take(self, order: Sequence[int]) -> None:
         """Row `j` becomes what row `order[j]` was (beams, selection, repetition)."""
@@ -67,9 +73,14 @@ class RouteBook:
             return
         self.decided = [self.decided[i] for i in order]
         self.routes = {site: [route[i] for i in order] for site, route in self.routes.items()}
-        self._index.clear()
+        self._forget()
 
     def clear(self) -> None:
         """Forgets everything: the next prefill decides anew."""
         self.decided, self.routes = [], {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what was derived from the routes."""
         self._index.clear()
+        self._whole = None

@@ -148,6 +148,9 @@ class RoutedSublayer:
         base = super().forward  # type: ignore[misc]
         if context is None or context.owner is not state.owner:
             return base(*args, **kwargs)
+        if state.site in context.whole:
+            context.trace.routes[state.site] = context.book.routes[state.site]
+            return base(*args, **kwargs)
         return state.granularity.run(state, SublayerCall(base, args, kwargs), context)
 
 
