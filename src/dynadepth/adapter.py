@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynadepth.errors import AdapterError
+from dynadepth.routing.sublayer import is_attached_name
 
 CONFIG, WEIGHTS = "routing_config.json", "routers.safetensors"
-FORMAT = 1
+FORMAT = 2
 SAMPLE = 512
 """Weights a layer whose signs go into the fingerprint."""
 
@@ -31,7 +32,7 @@ def identity(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     digest = hashlib.sha256()
     for layer in layers:
-        parameters = [p for name, p in layer.named_parameters() if "depth_router" not in name and "lora_" not in name]
+        parameters = [p for name, p in layer.named_parameters() if not is_attached_name(name) and "lora_" not in name]
         flat = max(parameters, key=lambda p: p.numel()).detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
         digest.update(bytes((sample > 0).to(torch.uint8).tolist()))

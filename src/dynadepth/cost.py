@@ -145,7 +145,8 @@ def flops_share(
             full = cost.flops(tokens, past)
             saved += full - (cost.flops_by_token(share, tokens, past, project) if by_token else share * full)
         path = routing.states[site].skip_path
-        saved -= (1.0 - share) * 2 * tokens * _weights(path, config, skip_own=False)
+        taken = 1.0 if by_token else 1.0 - share  # by token it follows every token, so that each may take it
+        saved -= taken * 2 * tokens * _weights(path, config, skip_own=False)
     dense_model = sum(dense.values()) + head_flops(model, scored)
     return Share(1.0 - saved / dense_target, 1.0 - saved / dense_model)
 

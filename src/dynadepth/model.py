@@ -25,7 +25,16 @@ from dynadepth.routing.decision import Site
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import Granularity, granularity_named
 from dynadepth.routing.router import AbstractRouter
-from dynadepth.routing.sublayer import ROUTER, RoutedSublayer, SublayerState, restore_class, swap_class
+from dynadepth.routing.skip_path import AbstractSkipPath, skip_path_named
+from dynadepth.routing.sublayer import (
+    PATH,
+    ROUTER,
+    RoutedNorm,
+    RoutedSublayer,
+    SublayerState,
+    restore_class,
+    swap_class,
+)
 from dynadepth.routing.target import Target, target_named
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,12 +72,35 @@ class Routing:
 
     @property
     def trainable(self) -> bool:
-        """Has any router a parameter to train?"""
-        return any(p.requires_grad for router in self.routers().values() for p in router.parameters())
+        """Has any router or skip path a parameter to train?"""
+        return any(p.requires_grad for part in (self.routers(), self.paths()) for m in part.values()
+                   for p in m.parameters())  # fmt: skip
 
     def routers(self) -> dict[Site, AbstractRouter]:
         """The router of each site."""
         return {site: state.router for site, state in self.states.items()}
+
+    def paths(self) -> dict[Site, AbstractSkipPath]:
+        """The skip path of each site that has parameters."""
+        return {site: s.skip_path for site, s in self.states.items() if any(True for _ in s.skip_path.parameters())}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is learnt, by the names they have on disk."""
+        return {
+            f"{site}.{infix}{name}": tensor
+            for infix, modules in (("", self.routers()), (f"{PATH}.", self.paths()))
+            for site, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts such tensors in place; KeyError for one that is missing, ValueError for one too many."""
+        left = dict(tensors)
+        for parts, infix in ((self.routers(), ""), (self.paths(), f"{PATH}.")):
+            for site, part in parts.items():
+                part.load_state_dict({name: left.pop(f"{site}.{infix}{name}") for name in part.state_dict()})
+        if left:
+            raise ValueError(f"tensors of unknown sites {sorted(left)}")
 
     def keep_of(self, budget: float) -> float:
         """The keep ratio of the routed sites that a budget of all sublayers of the target asks for."""
@@ -141,6 +173,10 @@ def attach(model: M, config: DepthConfig) -> M:
                 config=text_config(base),
                 extras=len(output) - 1 if isinstance(output, tuple) else None,
             )
+            norm, unit_input = _norms(routing.target, spec, layers[site.layer])
+            path = skip_path_named(config.skip_path).build(text_config(base).hidden_size, config.skip_rank, unit_input)
+            state.skip_path = path.to(_device_of(module, device_dtype))
+            state.post_norm = path.streams and norm is not None
             if not routing.granularity.sticky and routing.target.keeps_kv and config.kv_policy == "project":
                 is_block = module is not attention
                 state.project = probing.kv_projector(base, spec, bare, site.layer, attention, is_block)
@@ -158,6 +194,12 @@ def attach(model: M, config: DepthConfig) -> M:
 def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
     parameter = next(module.parameters(), default)
     return parameter.device
+
+
+def _norms(target: Target, spec: ArchitectureSpec, layer: nn.Module) -> tuple[nn.Module | None, bool]:
+    """The norm between a target's module and the residual stream, and whether the module reads the stream itself."""
+    names = {"attention": spec.attention_norms, "mlp": spec.mlp_norms}.get(target.name, (None, None))
+    return getattr(layer, names[1]) if names[1] else None, names[0] is None
 
 
 def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_layers: int) -> Routing:
@@ -199,8 +241,14 @@ def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], 
     for site, module in zip(routing.sites, modules, strict=True):
         state = routing.states[site]
         module.add_module(ROUTER, state.router)
+        if state.skip_path.streams:
+            module.add_module(PATH, state.skip_path)
         module.depth_state = state  # type: ignore[assignment]
         swap_class(module, RoutedSublayer)
+        norm = _norms(routing.target, routing.spec, decoder_layers(base, routing.spec)[site.layer])[0]
+        if state.post_norm and norm is not None:
+            norm.depth_state = state  # type: ignore[assignment]
+            swap_class(norm, RoutedNorm)
     for part in _entrances(base):
         part.depth_routing = routing  # type: ignore[assignment]
         swap_class(part, RoutedModel)
@@ -246,6 +294,13 @@ def detach(model: M) -> M:
         module = routing.target.module(layers[site.layer], routing.spec)
         restore_class(module, RoutedSublayer)
         delattr(module, ROUTER)
+        state = routing.states[site]
+        if state.skip_path.streams:
+            delattr(module, PATH)
+        norm = _norms(routing.target, routing.spec, layers[site.layer])[0]
+        if state.post_norm and norm is not None:
+            restore_class(norm, RoutedNorm)
+            del norm.depth_state
         del module.depth_state
     head = base.get_output_embeddings()
     if head is not None:
@@ -349,12 +404,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "calibration": None if routing.calibration is None else routing.calibration.to_dict(),
         "provenance": routing.provenance,
     }
-    tensors = {
-        f"{site}.{name}": tensor
-        for site, router in routing.routers().items()
-        for name, tensor in router.state_dict().items()
-    }
-    return adapter.write(Path(directory), data, tensors)
+    return adapter.write(Path(directory), data, routing.tensors())
 
 
 def load(model: M, directory: str | Path, strict: bool = True) -> M:
@@ -370,11 +420,9 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
     attach(model, config_from_dict(data["config"]))
     routing = routing_of(model)
     try:
-        for site, router in routing.routers().items():
-            state = {name: tensors.pop(f"{site}.{name}") for name in router.state_dict()}
-            router.load_state_dict(state)
-        if tensors:
-            raise AdapterError(f"tensors of unknown sites {sorted(tensors)}")
+        routing.load_tensors(tensors)
+        for path in routing.paths().values():
+            path.to(base.dtype)
         if data.get("calibration") is not None:
             routing.calibration = Calibration.from_dict(data["calibration"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -22,9 +22,11 @@ from dynadepth import MindSkipConfig, Site
 from dynadepth.methods.config import KV_POLICIES
 from dynadepth.routing.granularity import Granularity, granularity_named
 from dynadepth.routing.registry import import_modules, subclasses
+from dynadepth.routing.skip_path import AbstractSkipPath
 from dynadepth.routing.target import Target, target_named
 
 from .models import FAMILIES, FUSED, LAYERS, MODELS, VOCABULARY, tiny
+from .oracle import RANK, surrogate_weights
 
 BATCH, TOKENS, PADDING = 3, 12, (4, 0, 2)
 LAYER_RANGE = tuple(range(LAYERS))
@@ -37,9 +39,11 @@ class Cell:
     target: str
     granularity: str
     kv_policy: str
+    skip_path: str = "identity"
 
     def __str__(self) -> str:
-        return "-".join((self.target, self.granularity, *([self.kv_policy] if self.has_policy else [])))
+        parts = [self.target, self.granularity, self.kv_policy if self.has_policy else "", self.skip_path]
+        return "-".join(part for part in parts if part not in ("", "identity"))
 
     @property
     def has_policy(self) -> bool:
@@ -58,6 +62,8 @@ class Cell:
             "granularity": self.granularity,
             "kv_policy": self.kv_policy,
             "layers": LAYER_RANGE,
+            "skip_path": self.skip_path,
+            "skip_rank": RANK,
         }
 
     @property
@@ -65,7 +71,16 @@ class Cell:
         return [Site(layer, self.target) for layer in LAYER_RANGE]
 
     def attach(self, model: Any) -> Any:
-        return dynadepth.attach(model, MindSkipConfig(**self.settings))
+        return self.with_paths(dynadepth.attach(model, MindSkipConfig(**self.settings)))
+
+    def with_paths(self, model: Any) -> Any:
+        """The model, its linear skip paths set to the oracle's weights."""
+        for site, path in dynadepth.routing_of(model).paths().items():
+            with torch.no_grad():
+                weights = surrogate_weights(site.layer, path.bias.shape[0])
+                for parameter, value in zip((path.read, path.write, path.bias), weights, strict=True):
+                    parameter.copy_(value)
+        return model
 
 
 def _cells() -> Iterator[Cell]:
@@ -73,9 +88,10 @@ def _cells() -> Iterator[Cell]:
     for target in subclasses(Target):
         for granularity in subclasses(Granularity):
             for policy in KV_POLICIES:
-                cell = Cell(target.name, granularity.name, policy)
-                if cell.has_policy or policy == KV_POLICIES[0]:
-                    yield cell
+                for path in subclasses(AbstractSkipPath):
+                    cell = Cell(target.name, granularity.name, policy, path.name)
+                    if cell.has_policy or policy == KV_POLICIES[0]:
+                        yield cell
 
 
 CELLS = tuple(_cells())
@@ -87,7 +103,12 @@ def is_refused(name: str, cell: Cell) -> bool:
 
 
 REFUSED = [(name, cell) for name in MODELS for cell in CELLS if is_refused(name, cell)]
-MATRIX = [(name, cell) for name in MODELS for cell in CELLS if not is_refused(name, cell)]
+MATRIX = [
+    (name, cell)
+    for name in MODELS
+    for cell in CELLS
+    if not is_refused(name, cell) and (name in FAMILIES or cell.skip_path == "identity")
+]
 ONCE = [(name, cell) for name, cell in MATRIX if name in FAMILIES]
 """Every family with one attention implementation, for what does not depend on it."""
 SHORT = [(name, cell) for name, cell in ONCE if name in ("llama", "mistral", "gemma3", "gpt_neox_serial", "gpt_oss")]

@@ -24,8 +24,8 @@ def test_names_and_files_are_the_base_models(name: str, cell: Cell, tmp_path: Pa
     model.save_pretrained(tmp_path / "bare")
 
     cell.attach(model)
-    assert [key for key, _ in model.named_parameters() if "depth_router" not in key] == names
-    routed = {key: tensor for key, tensor in model.state_dict().items() if "depth_router" not in key}
+    assert [key for key, _ in model.named_parameters() if ".depth_" not in key] == names
+    routed = {key: tensor for key, tensor in model.state_dict().items() if ".depth_" not in key}
     assert list(routed) == list(state)
     assert all(tensor.data_ptr() == state[key].data_ptr() for key, tensor in routed.items())
     model.load_state_dict(state, strict=False)

@@ -15,6 +15,7 @@ from dynadepth.routing.decision import RoutingTrace, Site
 from dynadepth.routing.granularity import granularity_named
 from dynadepth.routing.registry import named_subclass
 from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.skip_path import skip_path_named
 from dynadepth.routing.target import target_named
 
 KV_POLICIES = ("project", "drop")
@@ -42,12 +43,19 @@ class DepthConfig(ABC):
     """Routed layers; `"all"`; None: the method's default for the model's depth."""
     kv_policy: str = "project"
     """`token` granularity: are keys and values of skipped tokens still computed (`project`) or left out (`drop`)?"""
+    skip_path: str = "identity"
+    """What a skipped sublayer contributes: nothing (`identity`), or a `linear` surrogate."""
+    skip_rank: int = 64
+    """Rank of a `linear` skip path; without effect on others."""
 
     def __post_init__(self) -> None:
         target_named(self.target)
         granularity_named(self.granularity)
         if self.kv_policy not in KV_POLICIES:
             raise ConfigError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}.")
+        skip_path_named(self.skip_path)
+        if type(self.skip_rank) is not int or self.skip_rank < 1:
+            raise ConfigError(f"skip_rank must be a whole number of at least 1, not {self.skip_rank!r}.")
         if self.layers is not None and self.layers != "all":
             layers = whole_numbers("layers", self.layers)
             if not layers:

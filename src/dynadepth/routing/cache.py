@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.context import current
+from dynadepth.routing.memories import Memories
 from dynadepth.routing.routes import RouteBook
 from dynadepth.routing.sparse_layer import SparseLayer
 
@@ -34,6 +35,8 @@ class RoutedCache(DynamicCache):
     """What is routed, and how keys are kept: forwards with another layout cannot read this cache."""
     stored_rows: dict[int, list[int]]
     """Logical rows held by a layer, in storage order; a layer that is not a key holds every row."""
+    memories: Memories
+    """What skip paths remember."""
 
     @classmethod
     def adopt(
@@ -63,6 +66,7 @@ class RoutedCache(DynamicCache):
         cache.__class__ = cls
         assert isinstance(cache, RoutedCache)
         cache.seen, cache.book, cache.stored_rows, cache.layout = 0, RouteBook(), {}, layout
+        cache.memories = Memories(any(getattr(layer, "record_past", False) for layer in cache.layers))
         for index in sparse_layers:
             if index < len(cache.layers):  # an early exit makes caches of fewer layers
                 cache.layers[index] = SparseLayer(cache.layers[index])
@@ -75,7 +79,7 @@ class RoutedCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SparseLayer):
                 self.layers[index] = layer.like
-        for name in ("seen", "book", "stored_rows", "layout"):
+        for name in ("seen", "book", "stored_rows", "layout", "memories"):
             delattr(self, name)
         self.__class__ = DynamicCache  # type: ignore[assignment]
 
@@ -161,12 +165,14 @@ class RoutedCache(DynamicCache):
                     layer.reset()
                     continue
             layer.reorder_cache(physical)
+        self.memories.take(order)
         self.book.take(order)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         if self.book.uniform or not self.book.routes:
             # Rows alike: a layer holds all of them or none, so that the order can stay on the device.
             super().reorder_cache(beam_idx)
+            self.memories.reorder(beam_idx)
         else:
             self._take(beam_idx.tolist(), beam_idx)
 
@@ -182,6 +188,10 @@ class RoutedCache(DynamicCache):
 
     # ---- cutting and clearing
 
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.memories.record()
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise UnsupportedCacheError(
@@ -192,12 +202,15 @@ class RoutedCache(DynamicCache):
         if remaining == 0 and tokens_to_remove:
             self.reset()
             return
-        if tokens_to_remove and any(_forgot(layer, -tokens_to_remove) for layer in self.layers):
+        memories = self.memories.cropped(-tokens_to_remove)
+        if tokens_to_remove and (memories is None or any(_forgot(layer, -tokens_to_remove) for layer in self.layers)):
             raise UnsupportedCacheError(
-                "The sliding windows of this cache have forgotten what would come back: call "
+                "The sliding windows or skip paths of this cache have forgotten what would come back: call "
                 "`cache.activate_past_recording()` before the tokens that may be cropped, and crop only what came "
                 "since."
             )
+        if memories is not None:
+            self.memories.restore(memories)
         for layer in self.layers:
             if isinstance(layer, SparseLayer):
                 layer.crop_to(remaining)
@@ -208,6 +221,7 @@ class RoutedCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.seen, self.stored_rows = 0, {}
+        self.memories.clear()
         self.book.clear()
 
     # ---- accounting

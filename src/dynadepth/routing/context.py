@@ -5,7 +5,7 @@ It lives in ContextVars, so that two threads may run one model at once with diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynadepth.routing.decision import RoutingTrace, Site
 from dynadepth.routing.routes import RouteBook
+from dynadepth.routing.skip_path import Memory, Reality
 
 if TYPE_CHECKING:
     from dynadepth.routing.cache import RoutedCache
@@ -32,7 +33,8 @@ class ForwardContext:
     outside; sites not named execute. `masked`: run every unit and select (training); else run the executing units
     alone. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
-    attention recorded, or is them (it did not run).
+    attention recorded, or is them (it did not run). `after_norm[site]` finishes a site behind its post-norm.
+    `unpadded`: it was learnt that every token is real.
     """
 
     owner: Any
@@ -48,6 +50,9 @@ class ForwardContext:
     injected: Mapping[Site, Injection] | None = None
     whole: frozenset[Site] = frozenset()
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
+    after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)
+    unpadded: bool = False
+    _reality: Reality | None = None
 
     def given(self, site: Site) -> Injection | None:
         """The decision injected for a site, None where its router decides."""
@@ -57,6 +62,27 @@ class ForwardContext:
     def past(self) -> int:
         """Tokens before this forward."""
         return self.cache.seen if self.cache is not None else 0
+
+    # ---- what skip paths stream
+
+    def reality_of(self, rows: Sequence[int] | None) -> Reality | None:
+        """Which tokens are real, of the logical rows `rows` (None: all); None where all are."""
+        if self.token_mask is None or self.unpadded:
+            return None
+        if self._reality is None:
+            self._reality = Reality.of(self.token_mask)
+        return self._reality if rows is None else self._reality.rows(torch.tensor(rows, device=self.token_mask.device))
+
+    def memory(self, state: Any, rows: Sequence[int], hidden: Tensor) -> Memory | None:
+        """What a site's skip path remembers of `rows`; None where nothing outlives this forward."""
+        return None if self.cache is None else self.cache.memories.of(state.site, rows, state.skip_path, hidden)
+
+    def remember(self, site: Site, rows: Sequence[int], memory: Memory | None) -> None:
+        """Hands a memory to the cache, if there is one."""
+        if self.cache is not None:
+            self.cache.memories.keep(site, rows, memory)
+
+    # ---- decisions
 
     def to_host(self, execute: Tensor | list[bool]) -> list[bool]:
         """Decisions `[B]` as a list. The first call of a forward learns in the same transfer which rows decide now, and
@@ -72,7 +98,7 @@ class ForwardContext:
             *decided, has_token, pooled = torch.stack(asked).tolist()
             trace.fresh = [not d and has for d, has in zip(undecided, has_token, strict=True)]
             if all(pooled):
-                self.pool_mask = None
+                self.pool_mask, self.unpadded = None, True
             return execute if isinstance(execute, list) else decided[0]
         return execute if isinstance(execute, list) else execute.tolist()
 

@@ -30,6 +30,7 @@ from dynadepth.routing.context import (
 from dynadepth.routing.decision import RoutingTrace
 from dynadepth.routing.recorder import publish
 from dynadepth.routing.routes import RouteBook
+from dynadepth.routing.sublayer import is_attached_name
 
 WAY_OUT = "use the default cache, or run dense with `with dynadepth.disabled(model):`"
 
@@ -80,9 +81,22 @@ class RoutedModel:
 
     @wraps(GenerationMixin._assisted_decoding)  # `generate` reads its signature
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._record_past(kwargs.get("past_key_values"))
         # The first forward brings the prompt and the assistant's draft together: only the prompt may decide the route.
         with prompting(self.depth_routing, input_ids.shape[1]):
             return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if getattr(generation_config, "is_assistant", False):
+            self._record_past(model_kwargs.get("past_key_values"))
+
+    def _record_past(self, cache: Any) -> None:
+        """Prepares a cache for drafts that are taken back. The base class asks it to record its past before the first
+        forward makes it one of ours."""
+        if isinstance(cache, DynamicCache) and not is_disabled(self.depth_routing):
+            routing = self.depth_routing
+            RoutedCache.adopt(cache, routing.n_layers, routing.layout, routing.sparse_layers).activate_past_recording()
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: continuous batching keeps a paged cache, and runs in threads of its own where nothing is
@@ -111,7 +125,7 @@ class RoutedModel:
     ) -> Any:
         """Saves the base model alone, exactly as it would be saved unrouted; `dynadepth.save` saves the routers."""
         state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
-        state = {name: tensor for name, tensor in state.items() if ".depth_router." not in name}
+        state = {name: tensor for name, tensor in state.items() if not is_attached_name(name)}
         return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(

@@ -115,10 +115,22 @@ class PerSequence(Granularity):
         if rows is True:
             return state.run_all(call, context)
         assert isinstance(rows, Tensor)
-        hidden = call.hidden
-        output = state.target.canvas(hidden, state.skip_path(hidden))
+        return self._run_rows(state, call, rows, context)
+
+    def _run_rows(self, state: SublayerState, call: SublayerCall, rows: Tensor, context: ForwardContext) -> Any:
+        """Some rows (int64 `[n]`) execute, the others take the skip path."""
+        hidden, route = call.hidden, context.book.routes[state.site]
         result = call.rows(rows)()
+        output = state.target.canvas(hidden)
         output.index_copy_(0, rows, state.hidden_of(result).to(output.dtype))
+        skipping = [i for i, on in enumerate(route) if not on]
+        index = torch.tensor(skipping, device=hidden.device)
+        contribution = state.contribution(hidden[index], context, skipping) if state.skip_path.streams else None
+        if contribution is not None:
+            whole = state.target.canvas(hidden)
+            whole.index_copy_(0, index, state.target.skipped(hidden[index], contribution))
+            execute = torch.ones(len(route), dtype=torch.bool, device=hidden.device).index_fill(0, index, False)
+            output = state.blend(output, whole, execute, context)
         return state.wrap(output, state.full_rows(result, rows, hidden.shape[0], context))
 
     def _route(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> None:
@@ -176,6 +188,7 @@ class PerToken(Granularity):
             batch, length = call.hidden.shape[:2]
             execute = torch.ones(batch, length, dtype=torch.bool, device=call.hidden.device)
             return run_tokens(state, call, context, execute, [length] * batch)
+        state.pass_by(call.hidden, context)
         return state.run_all(call, context)
 
     def _run_flat(
@@ -189,8 +202,11 @@ class PerToken(Granularity):
         flat = SublayerCall(call.forward, (hidden.flatten(0, 1)[index].unsqueeze(0), *call.args[1:]), call.kwargs)
         if not call.args:
             flat = SublayerCall(call.forward, (), {**call.kwargs, "hidden_states": flat.args[0]})
-        output = state.target.canvas(hidden, state.skip_path(hidden))
+        output = state.target.canvas(hidden)
         output.flatten(0, 1).index_copy_(0, index, state.hidden_of(flat())[0].to(output.dtype))
+        contribution = state.contribution(hidden, context)
+        if contribution is not None:
+            output = state.blend(output, state.target.skipped(hidden, contribution), execute, context)
         return state.wrap(output, None)
 
 

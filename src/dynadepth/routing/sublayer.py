@@ -7,7 +7,7 @@ progress (`context.current()`) what to run. Outside a routed forward it is the b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,6 +25,13 @@ from dynadepth.routing.target import Target
 
 ROUTER = "depth_router"
 """Name of the router as a child of the routed module."""
+PATH = "depth_path"
+"""Name of the skip path as a child of the routed module, where it has parameters."""
+
+
+def is_attached_name(name: str) -> bool:
+    """Is a parameter of this name one of ours, not of the base model?"""
+    return not {ROUTER, PATH}.isdisjoint(name.split("."))
 
 
 @dataclass
@@ -42,6 +49,9 @@ class SublayerState:
     extras: int | None = 0
     project: Callable[[Tensor, Any], tuple[Tensor, Tensor]] | None = None
     skip_path: AbstractSkipPath = field(default_factory=IdentityPath)
+    post_norm: bool = False
+    """Does the host norm the module's output before adding it? A skip path stands for what is added, so it must get
+    around that norm (see `RoutedNorm`)."""
 
     def known(self, context: ForwardContext) -> Injection | None:
         """The decision that needs no router: injected, or constant; None where the router must be asked."""
@@ -75,7 +85,35 @@ class SublayerState:
             weights = self.zero_weights(hidden, context)
             if self.target.name == "block":
                 context.attention_fixes[self.site.layer] = weights
-        return self.wrap(self.target.skipped(hidden, self.skip_path(hidden)), weights)
+        contribution = self.contribution(hidden, context)
+        if self.post_norm and contribution is not None:
+            context.after_norm[self.site] = lambda norm, output: output
+        return self.wrap(self.target.skipped(hidden, contribution), weights)
+
+    def contribution(self, hidden: Tensor, context: ForwardContext, rows: Sequence[int] | None = None) -> Tensor | None:
+        """The skip path's part `[n, T, D]` for the states of the logical rows `rows` (None: all), None for zero."""
+        if not self.skip_path.streams:
+            return self.skip_path(hidden)[0]
+        numbers = range(len(hidden)) if rows is None else rows
+        memory = context.memory(self, numbers, hidden)
+        contribution, memory = self.skip_path(hidden, context.reality_of(rows), memory)
+        context.remember(self.site, numbers, memory)
+        return contribution
+
+    def pass_by(self, hidden: Tensor, context: ForwardContext) -> None:
+        """Lets the skip path remember tokens that all executed, where later ones may skip (token granularity)."""
+        if self.skip_path.streams and context.cache is not None:
+            rows = range(len(hidden))
+            memory = context.memory(self, rows, hidden)
+            context.remember(self.site, rows, self.skip_path.advance(hidden, context.reality_of(None), memory))
+
+    def blend(self, output: Tensor, skipped: Tensor, execute: Tensor, context: ForwardContext) -> Tensor:
+        """`output` where units execute (bool `[B]` or `[B, T]`), `skipped` elsewhere; around a post-norm, if any."""
+        keep = execute.view(*execute.shape, *[1] * (3 - execute.dim()))
+        if self.post_norm:
+            context.after_norm[self.site] = lambda norm, raw: torch.where(keep, norm(raw), skipped)
+            return output
+        return torch.where(keep, output, skipped)
 
     def select(
         self,
@@ -87,12 +125,19 @@ class SublayerState:
     ) -> Any:
         """The masked path: the module's output where the gate is 1, the skip path's where it is 0."""
         hidden, output = call.hidden, self.hidden_of(result)
-        skipped = self.target.skipped(hidden, self.skip_path(hidden))
-        if decision.gate is None:
-            mixed = torch.where(decision.execute.view(shape), output, skipped)
-        else:
+        skipped = self.target.skipped(hidden, self.contribution(hidden, context))
+
+        def mix(output: Tensor) -> Tensor:
+            if decision.gate is None:
+                return torch.where(decision.execute.view(shape), output, skipped)
             gate = decision.gate.view(shape).to(output.dtype)
-            mixed = gate * output + (1 - gate) * skipped
+            return gate * output + (1 - gate) * skipped
+
+        if self.post_norm and self.skip_path.streams:
+            context.after_norm[self.site] = lambda norm, raw: mix(norm(raw))
+            mixed = output
+        else:
+            mixed = mix(output)
         if self.wants_weights(context):
             result = self._masked_weights(result, decision.execute, context)
         if self.extras is None:
@@ -152,6 +197,20 @@ class RoutedSublayer:
             context.trace.routes[state.site] = context.book.routes[state.site]
             return base(*args, **kwargs)
         return state.granularity.run(state, SublayerCall(base, args, kwargs), context)
+
+
+class RoutedNorm:
+    """Mixin of the norm between a routed module and the residual stream. `depth_state` is that module's."""
+
+    depth_state: SublayerState
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        context, state = current(), self.depth_state
+        base = super().forward  # type: ignore[misc]
+        if context is None or context.owner is not state.owner:
+            return base(hidden)
+        finish = context.after_norm.pop(state.site, None)
+        return base(hidden) if finish is None else finish(base, hidden)
 
 
 @cache

@@ -31,9 +31,9 @@ class Target(ABC):
         """What the module returns for units that skip: `[B, T, D]`. May be a view of one zero; never written to."""
         return hidden.new_zeros(1).expand(hidden.shape) if contribution is None else contribution
 
-    def canvas(self, hidden: Tensor, contribution: Tensor | None) -> Tensor:
-        """`skipped` as a tensor of its own, into which executed units are written."""
-        return torch.zeros_like(hidden) if contribution is None else contribution.clone()
+    def canvas(self, hidden: Tensor) -> Tensor:
+        """What skipped units return that contribute nothing, as a tensor of its own into which others are written."""
+        return torch.zeros_like(hidden)
 
     def attention(self, layer: nn.Module, spec: Any) -> nn.Module | None:
         """The attention module whose keys and values this target writes."""
@@ -73,8 +73,8 @@ class BlockTarget(Target):
     def skipped(self, hidden: Tensor, contribution: Tensor | None) -> Tensor:
         return hidden if contribution is None else hidden + contribution
 
-    def canvas(self, hidden: Tensor, contribution: Tensor | None) -> Tensor:
-        return hidden.clone() if contribution is None else hidden + contribution
+    def canvas(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()
 
 
 def target_named(name: str) -> Target:

@@ -173,9 +173,12 @@ def run_tokens(
             gathered = _gather_keys(gathered, key_positions, state, context, length)
     result = call.tokens(rows, index, gathered).with_cache(kv)()
 
-    output = state.target.canvas(hidden, state.skip_path(hidden))
+    output = state.target.canvas(hidden)
     fill = output[rows[:, None], index]
     output[rows[:, None], index] = torch.where(valid.unsqueeze(-1), state.hidden_of(result).to(output.dtype), fill)
+    contribution = state.contribution(hidden, context)
+    if contribution is not None:
+        output = state.blend(output, state.target.skipped(hidden, contribution), execute, context)
     return state.wrap(output, _full_weights(state, context, result, rows, index, valid, key_positions, hidden.shape))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynadepth.errors import ConfigError, TuningError
-from dynadepth.routing.sublayer import ROUTER
+from dynadepth.routing.sublayer import is_attached_name
 from dynadepth.tuning.data import Example, pad_token_id
 from dynadepth.tuning.formats import encode_chat
 from dynadepth.tuning.sampling import end_ids, sample, uniforms
@@ -174,10 +174,10 @@ def _batches(jobs: list[_Job], batch_size: int) -> Iterator[list[_Job]]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of the model's weights but the routers': names, shapes, dtypes and 64 values of each tensor."""
+    """Hash of the model's weights but ours: names, shapes, dtypes and 64 values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if ROUTER not in name.split("."):
+        if not is_attached_name(name):
             flat = tensor.detach().flatten()
             values = flat[:: max(1, flat.numel() // 64)].tolist()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {values}\n".encode())
