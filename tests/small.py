@@ -64,6 +64,16 @@ def bare(family: str = "llama", seed: int = 0, **config: Any) -> Any:
     return model.eval()
 
 
+def paths(model: Any, seed: int = 11) -> Any:
+    """Gives linear skip paths random weights of some size. Returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path in routing_of(model).paths().values():
+            for parameter in path.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def scatter(model: Any, seed: int = 7, scale: float = 1.0) -> Any:
     """Gives the routers random weights, so that decisions differ between rows and tokens. Returns the model."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +87,7 @@ def scatter(model: Any, seed: int = 7, scale: float = 1.0) -> Any:
 def routed(family: str = "llama", seed: int = 0, base: Any = None, **config: Any) -> Any:
     """A tiny model with MindSkip routers, random ones, at every layer."""
     values = {"layers": ALL, **config}
-    return scatter(attach(bare(family, seed) if base is None else base, MindSkipConfig(**values)))
+    return paths(scatter(attach(bare(family, seed) if base is None else base, MindSkipConfig(**values))))
 
 
 def ids(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -157,21 +157,19 @@ def test_share_at_token_granularity(policy, kept_tokens):
     assert cost.kv_share(model, keep, 8) == pytest.approx(held * 4 / dense_kv)
 
 
-def test_skip_paths_are_counted_for_what_skips():
-    class Surrogate(AbstractSkipPath):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return self.linear(hidden)
-
-    model, site = routed("llama"), Site(1, "attention")
-    keep = {site: 0.25}
-    before = cost.flops_share(model, keep, 9, scored=9).model
-    dynadepth.routing_of(model).states[site].skip_path = Surrogate()
-    after = cost.flops_share(model, keep, 9, scored=9).model
-    assert (after - before) * dense_flops(model, 9) == pytest.approx(0.75 * 2 * 9 * WIDTH * WIDTH)
+@pytest.mark.parametrize(("granularity", "taken"), [("sequence", 0.75), ("token", 1.0)])
+def test_skip_paths_are_counted_for_what_takes_them(granularity, taken):
+    """Sequences that skip; at token granularity all tokens, since each may be followed by one that skips."""
+    site, shares = Site(1, "attention"), {}
+    for path in ("identity", "linear"):
+        model = routed("llama", granularity=granularity, skip_path=path, skip_rank=5)
+        shares[path] = cost.flops_share(model, {site: 0.25}, 9, scored=9).model
+    work = (shares["linear"] - shares["identity"]) * dense_flops(model, 9)
+    assert work == pytest.approx(taken * 2 * 9 * 4 * 5 * WIDTH)
+    path = dynadepth.routing_of(model).states[site].skip_path
+    with FlopCounterMode(display=False) as counter:
+        path(torch.zeros(1, 9, WIDTH))
+    assert counter.get_total_flops() == 2 * 9 * 4 * 5 * WIDTH
 
 
 def test_kv_share_weights_layers_by_what_they_store():

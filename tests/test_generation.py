@@ -15,11 +15,28 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from dynadepth import disabled, fixed_routes, recording, routing_of
-from small import FAMILIES, KINDS, VOCABULARY, alone, bare, ids, ragged, routed
+from small import FAMILIES, KINDS, VOCABULARY, alone, bare, ids, ragged
+from small import routed as routed_small
 
 NEW = 7
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+SKIP_PATHS = ("identity", "linear")
+
+
+@pytest.fixture(params=SKIP_PATHS, autouse=True)
+def skip_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mode of generation, without and with what skip paths remember."""
+    monkeypatch.setitem(SETTINGS, "skip_path", request.param)
+
+
+SETTINGS: dict[str, Any] = {"skip_rank": 3}
+
+
+def routed(*args: Any, **config: Any) -> Any:
+    return routed_small(*args, **{**SETTINGS, **config})
 
 
 def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:

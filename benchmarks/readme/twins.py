@@ -2,7 +2,7 @@
 
 Writes OUT/static-N and OUT/random-N, routes that skip N sublayers for every input, for the two whole counts N on either
 side of the routers' budget. Static: least important first, by the scores and on the prompts that tuning itself started
-from (written anew with the recipe's seed). Random: drawn with seed 0.
+from (written anew with the recipe's seed). Random: drawn with seed 0. Both have the routers' own tuned skip paths.
 """
 
 import math
@@ -34,7 +34,9 @@ def main(name: str, routers: str, out: str) -> None:
     for count in sorted({math.floor(skipped), math.ceil(skipped)}):
         routes = {"static": budget.static_skip(scores, 1 - count / n_layers, n_layers), "random": order[:count]}
         for kind, skip in routes.items():
-            attach(model, StaticConfig(target=target, skip=tuple(skip)))
+            path, rank = routing.config.skip_path, routing.config.skip_rank
+            attach(model, StaticConfig(target=target, skip=tuple(skip), skip_path=path, skip_rank=rank))
+            routing_of(model).take_paths(routing)
             print(save(model, Path(out) / f"{kind}-{count}"), sorted(skip))
             detach(model)
 

@@ -4,17 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynadepth.methods import DepthConfig, MindSkipConfig, StaticConfig
-    from dynadepth.model import (
-        attach,
-        detach,
-        disabled,
-        fixed_routes,
-        is_attached,
-        load,
-        routing_of,
-        save,
-        set_budget,
-    )
+    from dynadepth.model import attach, detach, disabled, fixed_routes, load, save, set_budget
+    from dynadepth.routed import is_attached, routing_of
     from dynadepth.routing.decision import KeepRatio, Site
     from dynadepth.routing.recorder import recording
 
@@ -29,9 +20,9 @@ _WHERE = {
     "detach": "model",
     "disabled": "model",
     "fixed_routes": "model",
-    "is_attached": "model",
+    "is_attached": "routed",
     "load": "model",
-    "routing_of": "model",
+    "routing_of": "routed",
     "save": "model",
     "set_budget": "model",
 }

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for
 from dynadepth.architectures.probe import quietly
 from dynadepth.errors import BudgetError
-from dynadepth.model import disabled, routing_of, set_threshold, unwrapped
+from dynadepth.model import disabled, set_threshold
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
 from dynadepth.routing.decision import Site
 from dynadepth.routing.recorder import recording

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError, did_you_mean
-from dynadepth.model import routing_of
+from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.skip_path import AbstractSkipPath

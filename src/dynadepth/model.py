@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +18,14 @@ from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of
 from dynadepth.architectures import probe as probing
 from dynadepth.errors import AdapterError, BudgetError, ConfigError, UnsupportedModelError
 from dynadepth.methods import DepthConfig, config_from_dict
+from dynadepth.routed import Routing, is_attached, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration
 from dynadepth.routing.context import Injection, carrying_context, disabling, injecting
 from dynadepth.routing.decision import Site
 from dynadepth.routing.forward import RoutedModel
-from dynadepth.routing.granularity import Granularity, granularity_named
+from dynadepth.routing.granularity import granularity_named
 from dynadepth.routing.router import AbstractRouter
-from dynadepth.routing.skip_path import AbstractSkipPath, skip_path_named
+from dynadepth.routing.skip_path import skip_path_named
 from dynadepth.routing.sublayer import (
     PATH,
     ROUTER,
@@ -38,106 +38,6 @@ from dynadepth.routing.sublayer import (
 from dynadepth.routing.target import Target, target_named
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass
-class Routing:
-    """What is attached to a model: its configuration, its sites, and how its budgets were calibrated."""
-
-    config: DepthConfig
-    spec: ArchitectureSpec
-    target: Target
-    granularity: Granularity
-    n_layers: int
-    sites: tuple[Site, ...]
-    states: dict[Site, SublayerState] = field(default_factory=dict)
-    calibration: Calibration | None = None
-    budget: float | None = None
-    """The budget last set, of all sublayers of the target; None: the routers' own thresholds."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    trainable_before: tuple[str, ...] = ()
-    input_grads: bool = False
-    """Were gradients of the embeddings asked for (by gradient checkpointing)? They come back at `detach`."""
-
-    @property
-    def sparse_layers(self) -> tuple[int, ...]:
-        """Layers whose cache holds executed tokens with their positions."""
-        sparse = self.granularity.name == "token" and self.target.keeps_kv and self.config.kv_policy == "drop"
-        return tuple(site.layer for site in self.sites) if sparse else ()
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """What tells whether a cache filled under one routing can be continued under another."""
-        return (self.sites, self.granularity.name, self.sparse_layers)
-
-    @property
-    def trainable(self) -> bool:
-        """Has any router or skip path a parameter to train?"""
-        return any(p.requires_grad for part in (self.routers(), self.paths()) for m in part.values()
-                   for p in m.parameters())  # fmt: skip
-
-    def routers(self) -> dict[Site, AbstractRouter]:
-        """The router of each site."""
-        return {site: state.router for site, state in self.states.items()}
-
-    def paths(self) -> dict[Site, AbstractSkipPath]:
-        """The skip path of each site that has parameters."""
-        return {site: s.skip_path for site, s in self.states.items() if any(True for _ in s.skip_path.parameters())}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is learnt, by the names they have on disk."""
-        return {
-            f"{site}.{infix}{name}": tensor
-            for infix, modules in (("", self.routers()), (f"{PATH}.", self.paths()))
-            for site, module in modules.items()
-            for name, tensor in module.state_dict().items()
-        }
-
-    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts such tensors in place; KeyError for one that is missing, ValueError for one too many."""
-        left = dict(tensors)
-        for parts, infix in ((self.routers(), ""), (self.paths(), f"{PATH}.")):
-            for site, part in parts.items():
-                part.load_state_dict({name: left.pop(f"{site}.{infix}{name}") for name in part.state_dict()})
-        if left:
-            raise ValueError(f"tensors of unknown sites {sorted(left)}")
-
-    def keep_of(self, budget: float) -> float:
-        """The keep ratio of the routed sites that a budget of all sublayers of the target asks for."""
-        return (budget * self.n_layers - (self.n_layers - len(self.sites))) / len(self.sites)
-
-    def lowest_budget(self) -> float:
-        """The budget at which every routed site skips everything."""
-        return (self.n_layers - len(self.sites)) / self.n_layers
-
-
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, under a PeftModel if there is one."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    find: Any = getattr(model, "get_base_model", None)
-    base = find() if find else None
-    if not isinstance(base, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel (or a PeftModel around one): "
-            "nothing to route."
-        )
-    return base
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Does the model have routers?"""
-    return isinstance(unwrapped(model), RoutedModel)
-
-
-def routing_of(model: nn.Module) -> Routing:
-    """The model's routing; UnsupportedModelError where nothing is attached."""
-    base = unwrapped(model)
-    if not isinstance(base, RoutedModel):
-        raise UnsupportedModelError(
-            f"{type(base).__name__} has no routers: call dynadepth.attach(model, config) first."
-        )
-    return base.depth_routing
 
 
 def attach(model: M, config: DepthConfig) -> M:

@@ -19,10 +19,12 @@ from transformers import DynamicCache
 
 from dynadepth import Site, fixed_routes, routing_of
 from dynadepth.errors import UnsupportedCacheError
+from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.sparse_layer import SparseLayer
 from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, ids, mixed, ragged, routed
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
+SKIP_PATH = pytest.mark.parametrize("skip_path", ["identity", "linear"])
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 SITE_BYTES = 2 * 1 * 8 * 4  # keys and values, one head of 8 float32
 
@@ -47,6 +49,8 @@ class Rows:
             route = tuple(routes[site][0] for site in self.sites) if self.sticky else ()
             self.rows.append(Row(int((~mask).sum()), tuple(tokens[mask].tolist()), route))
         self.check(batch["input_ids"])
+        self.cache.activate_past_recording()  # again: an ordinary cache without windows does not note it
+        assert isinstance(self.cache, RoutedCache)
 
     def check(self, new: Tensor) -> None:
         """Runs new tokens `[rows, t]`, already part of the rows, and compares every row's last logits."""
@@ -121,8 +125,11 @@ OPERATIONS = st.sampled_from(["reorder", "select", "mask", "repeat", "crop", "co
 
 @FAMILY
 @KIND
-def test_rows_survive_whatever_is_done_to_the_cache(family: str, granularity: str, kv_policy: str) -> None:
-    model = routed(family, granularity=granularity, kv_policy=kv_policy).requires_grad_(False)
+@SKIP_PATH
+def test_rows_survive_whatever_is_done_to_the_cache(
+    family: str, granularity: str, kv_policy: str, skip_path: str
+) -> None:
+    model = routed(family, granularity=granularity, kv_policy=kv_policy, skip_path=skip_path).requires_grad_(False)
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(
@@ -142,9 +149,10 @@ def test_rows_survive_whatever_is_done_to_the_cache(family: str, granularity: st
 
 
 @KIND
-def test_a_uniform_batch_is_reordered_too(granularity: str, kv_policy: str) -> None:
+@SKIP_PATH
+def test_a_uniform_batch_is_reordered_too(granularity: str, kv_policy: str, skip_path: str) -> None:
     # All rows on one route: no layer holds some of the rows, and the order stays on the device.
-    model = routed(granularity=granularity, kv_policy=kv_policy)
+    model = routed(granularity=granularity, kv_policy=kv_policy, skip_path=skip_path)
     prompt, order, new = ids(3, 5), torch.tensor([2, 0, 0]), ids(3, 1, seed=1)
     with fixed_routes(model, {Site(2, "attention"): False}):
         cache = model(input_ids=prompt).past_key_values
@@ -223,3 +231,26 @@ def test_sliding_layers_under_drop_do_not_grow_for_ever() -> None:
     assert isinstance(cache.layers[0], SparseLayer)
     assert cache.layers[0].keys.shape[2] <= 2 * WINDOW + 1
     torch.testing.assert_close(found, model(input_ids=new).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_skip_path_forgot_cannot_be_taken_back() -> None:
+    model = routed(skip_path="linear")
+    with fixed_routes(model, {Site(1, "attention"): False}):
+        cache = model(input_ids=ids(2, 5)).past_key_values
+        with pytest.raises(UnsupportedCacheError, match="skip paths of this cache have forgotten"):
+            cache.crop(-1)
+        assert cache.get_seq_length() == 5
+
+
+def test_a_skip_path_remembers_no_more_after_a_thousand_tokens() -> None:
+    model = routed(skip_path="linear", skip_rank=3)
+    with fixed_routes(model, {site: False for site in routing_of(model).sites}), torch.no_grad():
+        cache = model(input_ids=ids(2, 5)).past_key_values
+        held = cache.memories.bytes()
+        assert held == LAYERS * 2 * (2 * 3 + 1) * 4
+        for _ in range(3):
+            cache = model(input_ids=ids(2, 30), past_key_values=cache).past_key_values
+        assert cache.memories.bytes() == held
+        assert cache.kv_bytes() == 0
+        cache.reset()
+        assert cache.memories.bytes() == 0

@@ -24,7 +24,8 @@ from transformers import (
 
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods import MindSkipConfig
-from dynadepth.model import attach, routing_of, set_threshold
+from dynadepth.model import attach, set_threshold
+from dynadepth.routed import routing_of
 from dynadepth.tuning import self_data
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.formats import encode_chat

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynadepth import is_attached, load, recording, routing_of, set_budget
+from dynadepth import attach, detach, is_attached, load, recording, routing_of, set_budget
 from dynadepth.errors import BudgetError, ConfigError, TuningError
+from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import kl_loss, kl_sum
 from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.surrogate import fit_paths
 from dynadepth.tuning.trainer import RouterTrainer, tune
 
 
@@ -34,6 +36,11 @@ RECIPE = Recipe(
     save_steps=2,
     holdout=0.4,
 )
+
+LINEAR = dataclasses.replace(
+    RECIPE, method={**RECIPE.method, "skip_path": "linear", "skip_rank": 4}, budgets=(0.75, 0.5), kl_share=0.5
+)
+both = pytest.mark.parametrize("recipe", [RECIPE, LINEAR], ids=["identity", "linear"])
 
 
 def tiny():
@@ -69,21 +76,22 @@ def fingerprint(model):
     return {
         name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
         for name, p in model.named_parameters()
-        if "depth_router" not in name
+        if ".depth_" not in name
     }
 
 
-def test_tuning_moves_routers_and_nothing_else(tmp_path):
+@both
+def test_tuning_moves_routers_and_nothing_else(tmp_path, recipe):
     """Semantic 8: after tuning every backbone tensor is byte-identical; only routers have gradients and optimiser
     state."""
     model = tiny()
     before = fingerprint(model)
-    result = tune(model, Tokenizer(), examples(), RECIPE, out=tmp_path, budget=0.75)
+    result = tune(model, Tokenizer(), examples(), recipe, out=tmp_path, budget=0.75)
     assert fingerprint(model) == before
     assert result.steps == 12
     assert result.moved > 1e-3
-    assert result.n_trainable == 4 * 33
-    assert all("depth_router" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert result.n_trainable == 4 * 33 + (recipe is LINEAR) * 4 * (4 * 32 * 4 + 32)
+    assert all(".depth_" in name for name, p in model.named_parameters() if p.requires_grad)
     assert result.keep_after is not None
     assert result.keep_after.all == pytest.approx(0.75, abs=0.02 + 1 / 32)  # 16 held-out prompts of 4 sites
     assert len(result.static_skip) == 1
@@ -104,17 +112,19 @@ def test_saved_routers_serve_other_budgets(tmp_path):
     assert kept[0] < kept[-1]
 
 
-def test_the_same_seed_gives_the_same_routers(tmp_path):
+@both
+def test_the_same_seed_gives_the_same_routers(tmp_path, recipe):
     runs = []
     for name in ("a", "b"):
-        tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / name)
+        tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / name)
         runs.append((tmp_path / name / "routers.safetensors").read_bytes())
     assert runs[0] == runs[1]
 
 
-def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch):
+@both
+def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch, recipe):
     """The resumed run ends with the routers of the uninterrupted one."""
-    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / "whole")
+    tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "whole")
 
     step = RouterTrainer.training_step
     calls = []
@@ -127,17 +137,66 @@ def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RouterTrainer, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / "cut")
+        tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "cut")
     usable = load(tiny(), tmp_path / "cut")
     assert routing_of(usable).provenance["stopped"]["why"] == "interrupted"
     calls.clear()
     calls.extend([0] * 100)
-    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path / "cut")
+    tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "cut")
     assert len(calls) == 100 + 12 - 4  # four steps were in the last checkpoint
     whole, cut = (load(tiny(), tmp_path / name) for name in ("whole", "cut"))
-    for a, b in zip(routing_of(whole).routers().values(), routing_of(cut).routers().values(), strict=True):
-        torch.testing.assert_close(a.weight, b.weight)
-        torch.testing.assert_close(a.bias, b.bias)
+    ended, wanted = routing_of(cut).tensors(), routing_of(whole).tensors()
+    assert ended.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ended[name], tensor, msg=name)
+
+
+def test_skip_paths_are_tuned_and_saved(tmp_path):
+    """Paths move away from their fit, answer the same after loading, and another model's are refused."""
+    model = tiny()
+    attach(model, LINEAR.config())
+    fit_paths(model, [{k: v for k, v in Collator(0)(examples()[16:]).items() if k in ("input_ids", "attention_mask")}])
+    fitted = {name: t.clone() for name, t in routing_of(model).tensors().items() if ".depth_path." in name}
+    detach(model)
+    result = tune(model, Tokenizer(), examples(), LINEAR, out=tmp_path, budget=0.5)
+    assert result.kl_after < result.kl_before
+    assert result.explained is not None
+    assert all(0 < share < 1 for share in result.explained.values())
+    tuned = routing_of(model).tensors()
+    assert len(fitted) == 12
+    for name, tensor in fitted.items():
+        assert not torch.equal(tuned[name], tensor), name
+    batch = Collator(0)(examples(6, seed=5))
+    routing_of(model).budget = None
+    set_budget(model, attention=0.5)
+    loaded = load(tiny(), tmp_path).eval()
+    set_budget(loaded, attention=0.5)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_every_step_has_one_of_the_budgets():
+    controller = QuantileController(attach(tiny(), RECIPE.config()), [0.25, 0.5, 1.0], seed=3)
+    keeps = [controller.keep_at(step) for step in range(60)]
+    assert set(keeps) == {0.25, 0.5, 1.0}
+    assert keeps == [controller.keep_at(step) for step in range(60)]
+
+
+def test_a_share_of_the_tokens_stands_for_all_of_them():
+    """The mean over draws is the loss on all tokens, and the head runs for the drawn positions alone."""
+    model = attach(tiny(), LINEAR.config())
+    routers = list(routing_of(model).routers().values())
+    for router in routers[:2]:
+        router.threshold.fill_(float("inf"))
+    rows = [Example(torch.arange(2, 26).roll(i).tolist(), 8) for i in range(4)]
+    batch = Collator(0)(rows)
+    whole = kl_loss(model, batch, None)[0].item()
+    torch.manual_seed(0)
+    draws = [kl_loss(model, batch, None, share=0.25) for _ in range(60)]
+    assert draws[0][1].logits.shape[1] == 4  # of 16 labelled positions
+    drawn = [loss.item() for loss, _ in draws]
+    assert min(drawn) < whole < max(drawn)
+    assert sum(drawn) / len(drawn) == pytest.approx(whole, rel=0.1)
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):

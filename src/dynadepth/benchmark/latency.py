@@ -26,7 +26,7 @@ from dynadepth.benchmark.pruned import bare_twin, pruned_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
 from dynadepth.cost import flops, flops_share
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.model import is_attached, routing_of
+from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
 from dynadepth.routing.recorder import recording

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, spec_for
 from dynadepth.cost import PARTS
 from dynadepth.errors import ConfigError
-from dynadepth.model import detach, is_attached, unwrapped
+from dynadepth.model import detach
+from dynadepth.routed import is_attached, unwrapped
 from dynadepth.routing.decision import Site
 
 

@@ -104,7 +104,8 @@ def open_model(
         import torch
 
         from dynadepth import adapter, hub
-        from dynadepth.model import load, routing_of, set_budget
+        from dynadepth.model import load, set_budget
+        from dynadepth.routed import routing_of
 
         quiet_libraries()
         if routers is not None:

@@ -16,7 +16,8 @@ from dynadepth.errors import ConfigError
 from dynadepth.evaluation.files import read_text
 from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity
 from dynadepth.evaluation.statistics import paired_bootstrap
-from dynadepth.model import disabled, is_attached
+from dynadepth.model import disabled
+from dynadepth.routed import is_attached
 from dynadepth.routing.recorder import Recorder, recording
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dynadepth.evaluation.scoring import Scorer, States, pair_log_probs
-from dynadepth.model import is_attached, routing_of, unwrapped
+from dynadepth.routed import is_attached, routing_of, unwrapped
 
 Answer = tuple[float, bool]
 """Summed log-probability of a continuation in nats, and whether greedy decoding would write it."""

@@ -24,7 +24,8 @@ from dynadepth import hub
 from dynadepth.errors import ConfigError, DataError, DynadepthError
 from dynadepth.evaluation.continuations import Answer, ContinuationScorer, Request, common_prefix
 from dynadepth.evaluation.tasks import missing_extra
-from dynadepth.model import is_attached, load, routing_of, set_budget
+from dynadepth.model import load, set_budget
+from dynadepth.routed import is_attached, routing_of
 
 try:
     from lm_eval.api.registry import model_registry

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.scoring import Scorer, States, log_prob_chunks, pair_log_probs
-from dynadepth.model import disabled, is_attached
+from dynadepth.model import disabled
+from dynadepth.routed import is_attached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,12 +18,13 @@ import torch
 
 from dynadepth import hub
 from dynadepth.benchmark import cut_prompts, run
-from dynadepth.model import disabled, routing_of
+from dynadepth.model import disabled
 from dynadepth.report import measure
 from dynadepth.report.samples import answers
 from dynadepth.report.stamp import stamp
 from dynadepth.report.tuned import importance_on, tuned_routers
 from dynadepth.report.twin import Figures, StaticTwins
+from dynadepth.routed import routing_of
 from dynadepth.tuning import examples_for, load_recipe
 
 if TYPE_CHECKING:

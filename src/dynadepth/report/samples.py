@@ -11,8 +11,8 @@ import torch
 
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.files import is_table, read_rows, read_text
-from dynadepth.model import routing_of
 from dynadepth.report.routes import keep_of
+from dynadepth.routed import routing_of
 from dynadepth.routing.recorder import recording
 from dynadepth.tuning.data import pad_token_id
 from dynadepth.tuning.formats import encode_chat

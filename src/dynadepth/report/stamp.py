@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter, hub
 from dynadepth.architectures import decoder_layers
-from dynadepth.model import is_attached, routing_of, save, unwrapped
+from dynadepth.model import save
 from dynadepth.provenance import provenance
+from dynadepth.routed import is_attached, routing_of, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

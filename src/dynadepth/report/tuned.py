@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dynadepth import adapter
 from dynadepth.budget import importance, prompts_to_batches
 from dynadepth.errors import DynadepthError
-from dynadepth.model import load, routing_of, set_budget
+from dynadepth.model import load, set_budget
 from dynadepth.provenance import provenance
 from dynadepth.report.stamp import model_facts, sign
+from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import Collator, Example, Recipe, tune
 from dynadepth.tuning.data import pad_token_id

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from dynadepth.benchmark.pruned import bare_twin
 from dynadepth.budget import static_skip
 from dynadepth.methods import StaticConfig
-from dynadepth.model import attach, routing_of
+from dynadepth.model import attach
+from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ Figures = dict[str, float | None]
 class StaticTwins:
     """Static routes of every length for one routed model, each skipping the least important sublayers of its target.
 
-    The twins share the model's weights and have routing modules of their own.
+    The twins share the model's weights, have routing modules of their own, and skip paths that are copies of the
+    routed model's: tuned by the same steps.
     """
 
     def __init__(self, model: PreTrainedModel, scores: Mapping[Site, float]) -> None:
@@ -39,8 +41,12 @@ class StaticTwins:
         if count not in self._made:
             skip = self.skipped(count)
             layers = tuple(sorted(site.layer for site in self.scores))
-            config = StaticConfig(target=self.target, layers=layers, skip=skip)
-            self._made[count] = attach(bare_twin(self.model), config)
+            routing = routing_of(self.model)
+            path, rank = routing.config.skip_path, routing.config.skip_rank
+            config = StaticConfig(target=self.target, layers=layers, skip=skip, skip_path=path, skip_rank=rank)
+            twin = attach(bare_twin(self.model), config)
+            routing_of(twin).take_paths(routing)
+            self._made[count] = twin
         return self._made[count]
 
     def nearest(self, keep: float) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from functools import cache
 from typing import TypeVar
 
@@ -35,7 +36,7 @@ def named_subclass(base: type[T], name: str, package: str) -> type[T]:
     import_modules(package)
     known = {child.name: child for child in subclasses(base) if "name" in vars(child)}  # type: ignore[attr-defined]
     if name not in known:
-        kind = base.__name__.lower()
+        kind = " ".join(re.findall("[A-Z][a-z]*", base.__name__.removeprefix("Abstract"))).lower()
         raise ConfigError(
             f"Unknown {kind} {name!r}; known: {', '.join(sorted(known))}.{did_you_mean(str(name), known)}"
         )

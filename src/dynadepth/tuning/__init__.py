@@ -39,29 +39,31 @@ def examples_for(
 ) -> list[Example]:
     """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model itself.
 
-    With `self`, three of four are the model's answers to prompts and one is plain text that it writes, so that
-    thresholds calibrated on them also hold for text without a chat's frame.
+    With `self`, some are the model's answers to prompts and the recipe's share of `passages` is plain text that it
+    writes, evenly among them: what is tuned on them also holds for longer text without a chat's frame.
     """
     count = recipe.max_samples if max_samples is None else max_samples
     if str(source) != "self":
         return load_examples(
             source, tokenizer, max_samples=count, max_length=recipe.max_length, seed=seed, shuffle=recipe.shuffle
         )
-    n_plain = count // 4
+    n_plain = round(recipe.passages * count)
 
-    def write(maker: Callable[..., list[Example]], n: int, before: int) -> list[Example]:
+    def write(maker: Callable[..., list[Example]], n: int, before: int, length: int) -> list[Example]:
+        if not n:
+            return []
         return maker(
             model,
             tokenizer,
             n=n,
-            max_new_tokens=recipe.answer_tokens,
+            max_new_tokens=length,
             seed=seed,
             progress=None if progress is None else lambda done, _: progress(before + done, count),
             cache_dir=cache_dir,
         )
 
-    answers = write(self_examples, count - n_plain, 0)
-    passages = write(plain_passages, n_plain, len(answers)) if n_plain else []
-    for index, passage in enumerate(passages):
-        answers.insert(4 * index, passage)
-    return answers
+    answers = write(self_examples, count - n_plain, 0, recipe.answer_tokens)
+    passages = write(plain_passages, n_plain, len(answers), recipe.passage_tokens or recipe.answer_tokens)
+    # in every part of the list as many of each as in the whole
+    placed = [((i + 0.5) / len(part), e) for part in (answers, passages) for i, e in enumerate(part)]
+    return [example for _, example in sorted(placed, key=lambda pair: pair[0])]

@@ -41,9 +41,19 @@ class Recipe:
     """Share of the samples kept for calibration and for the before and after figures."""
     answer_tokens: int = 96
     """Length of the answers the model writes with `data: self`."""
+    passages: float = 0.25
+    """Share of the samples that are plain text with `data: self`, which the model writes from a word or two on."""
+    passage_tokens: int | None = None
+    """Length of those; None: as long as the answers."""
     learning_rate: float = 1e-3
     bias_learning_rate: float | None = None
     """For router biases; None: the same."""
+    path_learning_rate: float = 1e-3
+    """For linear skip paths, which start from their closed-form fit."""
+    budgets: tuple[float, ...] = field(default=())
+    """Budgets of which every step draws one, so that one set of routers serves them all; none: the budget asked for."""
+    kl_share: float = 1.0
+    """Share of the answer's tokens at which `objective: kl` compares distributions, drawn anew every step."""
     lr_scheduler: str = "cosine"
     warmup: float = 0.03
     """Share of the steps."""
@@ -71,6 +81,17 @@ class Recipe:
         for name in ("max_samples", "max_length", "batch_size", "gradient_accumulation", "save_steps", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 < self.kl_share <= 1:
+            raise ConfigError(f"kl_share must be above 0 and at most 1, not {self.kl_share}.")
+        for budget in self.budgets:
+            if not isinstance(budget, float | int) or not 0 < budget <= 1:
+                raise ConfigError(f"budgets must be numbers above 0 and at most 1, not {budget!r}.")
+        if self.budgets and self.controller != "quantile":
+            raise ConfigError("budgets are met by thresholds that follow the logits: set controller to quantile.")
+        if not 0 <= self.passages <= 1:
+            raise ConfigError(f"passages must be a share between 0 and 1, not {self.passages}.")
+        if self.passage_tokens is not None and self.passage_tokens < 1:
+            raise ConfigError(f"passage_tokens must be at least 1, not {self.passage_tokens}.")
         if not 0 < self.holdout < 1:
             raise ConfigError(f"holdout must be between 0 and 1, not {self.holdout}.")
 
@@ -122,7 +143,9 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """A recipe from its settings, each checked for name and type."""
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     types = {"int": int, "float": (int, float), "str": str, "bool": bool, "float | None": (int, float, type(None)),
-             "dict[str, Any]": dict, "tuple[str, ...]": (list, tuple)}  # fmt: skip
+             "int | None": (int, type(None)),
+             "dict[str, Any]": dict, "tuple[str, ...]": (list, tuple),
+             "tuple[float, ...]": (list, tuple)}  # fmt: skip
     for key, value in data.items():
         if key not in fields:
             raise ConfigError(f"{where} has an unknown setting {key!r}.{did_you_mean(key, fields)}")

@@ -19,7 +19,8 @@ from dynadepth.architectures import ArchitectureSpec, decoder_layers
 from dynadepth.architectures.probe import quietly
 from dynadepth.budget import Batches, forward
 from dynadepth.errors import ConfigError
-from dynadepth.model import disabled, routing_of, unwrapped
+from dynadepth.model import disabled
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.routing.skip_path import LinearPath, Reality
 
@@ -47,7 +48,7 @@ class _Equations:
     def add(self, features: Tensor, contributions: Tensor) -> None:
         self.features += features.T @ features
         self.both += features.T @ contributions
-        self.square += (contributions - contributions.mean(0)).square().sum()
+        self.square += contributions.square().sum()
         self.tokens += len(features)
 
 
@@ -120,8 +121,9 @@ def _solve(path: LinearPath, equations: _Equations) -> float:
         path.write.copy_(basis.T)
         path.bias.copy_(bias)
     cross = both[:-1] - torch.outer(mean, both[-1])
-    error = equations.square / n - 2 * (reduced * cross).sum() + (reduced * (spread @ reduced)).sum()
-    return float(1 - error / (equations.square / n))
+    variance = equations.square / n - both[-1].square().sum()
+    error = variance - 2 * (reduced * cross).sum() + (reduced * (spread @ reduced)).sum()
+    return float(1 - error / variance)
 
 
 class _Reached(Exception):

@@ -17,12 +17,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynadepth import budget as budgets
 from dynadepth.errors import ConfigError, TuningError
-from dynadepth.model import attach, check_budget, detach, disabled, is_attached, routing_of, save, set_budget, unwrapped
+from dynadepth.model import attach, check_budget, detach, disabled, save, set_budget
+from dynadepth.routed import is_attached, routing_of, unwrapped
 from dynadepth.routing.decision import KeepRatio
 from dynadepth.routing.recorder import recording
+from dynadepth.routing.sublayer import PATH, ROUTER
+from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example, pad_token_id
 from dynadepth.tuning.objectives import OBJECTIVES, kl_sum, scored_logits
 from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.surrogate import fit_paths
+
+FIT_TOKENS = 32_768
+"""Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
@@ -48,6 +55,8 @@ class TuneResult:
     static_skip: list[int] = field(default_factory=list)
     """Layers that the static route of the same budget and importance scores skips."""
     kl_static: float | None = None
+    explained: dict[str, float] | None = None
+    """Share of the variance of each site's contribution that its skip path explained as fitted."""
 
 
 class RouterTrainer(Trainer):
@@ -73,14 +82,14 @@ class RouterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = OBJECTIVES[self.recipe.objective](self.model, inputs, num_items_in_batch)
+        loss, outputs = OBJECTIVES[self.recipe.objective](self.model, inputs, num_items_in_batch, self.recipe.kl_share)
         self.note_keep(outputs.depth_trace)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            _restore(self.model, self.last_good)
+            routing_of(self.model).load_tensors(self.last_good)
             raise TuningError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the "
                 "last good step. Try a lower learning_rate, or bfloat16 instead of float16."
@@ -100,11 +109,15 @@ class RouterTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            biases = [p for name, p in named if name.endswith("depth_router.bias")]
-            others = [p for name, p in named if not name.endswith("depth_router.bias")]
-            rate = self.args.learning_rate if self.recipe.bias_learning_rate is None else self.recipe.bias_learning_rate
-            groups = [{"params": others, "lr": self.args.learning_rate}, {"params": biases, "lr": rate}]
+            rates = {"others": self.args.learning_rate, "paths": self.recipe.path_learning_rate}
+            bias_rate = self.recipe.bias_learning_rate
+            rates["biases"] = self.args.learning_rate if bias_rate is None else bias_rate
+            parameters: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    kind = "paths" if f".{PATH}." in name else "biases" if name.endswith(f"{ROUTER}.bias") else "others"
+                    parameters[kind].append(parameter)
+            groups = [{"params": parameters[kind], "lr": rate} for kind, rate in rates.items()]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
@@ -114,43 +127,7 @@ class RouterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from dynadepth import adapter
 
-        tensors = adapter.read(Path(resume_from_checkpoint))[1]
-        for site, router in routing_of(self.model).routers().items():
-            router.load_state_dict({name: tensors[f"{site}.{name}"] for name in router.state_dict()})
-
-
-class QuantileController(TrainerCallback):
-    """Pins the hard keep ratio: after every step the common threshold is the quantile of what the routers answer now.
-
-    Executing more always lowers the loss, so the logits drift upwards together. The threshold is therefore computed
-    from the *new* parameters on the step's inputs, not from its logits, which lag one step behind; nothing else is
-    remembered, so that a resumed run goes on exactly.
-    """
-
-    UNITS = 512
-    """Inputs kept per site and step."""
-
-    def __init__(self, model: nn.Module, keep: float) -> None:
-        self.routers, self.keep = list(routing_of(model).routers().values()), keep
-        self.inputs: dict[nn.Module, list[Tensor]] = {router: [] for router in self.routers}
-        self.hooks = [router.register_forward_pre_hook(self._keep_input) for router in self.routers]
-
-    def _keep_input(self, router: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if router.training:
-            units = args[0].detach().flatten(0, -2)
-            self.inputs[router].append(units[:: max(1, len(units) // self.UNITS)])
-
-    @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logits = torch.cat([router(torch.cat(self.inputs[router])) for router in self.routers])
-        goal = torch.quantile(logits, 1 - self.keep)
-        for router in self.routers:
-            router.threshold.copy_(goal)
-            self.inputs[router].clear()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        routing_of(self.model).load_tensors(adapter.read(Path(resume_from_checkpoint))[1])
 
 
 class _Report(TrainerCallback):
@@ -170,14 +147,7 @@ class _Report(TrainerCallback):
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{site}.{k}": v.clone() for site, r in routing_of(model).routers().items() for k, v in r.state_dict().items()
-    }
-
-
-def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    for site, router in routing_of(model).routers().items():
-        router.load_state_dict({name: state[f"{site}.{name}"] for name in router.state_dict()})
+    return {name: tensor.clone() for name, tensor in routing_of(model).tensors().items()}
 
 
 def tune(
@@ -224,6 +194,7 @@ def tune(
         scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
         _initialise(model, recipe, scores, keep)
+        explained = _fit_paths(model, training, pad, progress)
     except BaseException:
         detach(model)
         raise
@@ -246,7 +217,9 @@ def tune(
         set_budget(model, **{routing.target.name: budget})
     keep_after, kl_after = evaluate(model, heldout, collator)
     now = _snapshot(model)
-    moved = torch.cat([(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold")])
+    moved = torch.cat(
+        [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and f".{PATH}." not in k]
+    )
     skip = budgets.static_skip(scores, budget, routing.n_layers)
     result = TuneResult(
         directory=str(out),
@@ -263,7 +236,10 @@ def tune(
         losses=trainer.losses,
         static_skip=list(skip),
         kl_static=_static_kl(model, heldout, collator, skip),
+        explained=explained,
     )
+    for path in routing.paths().values():
+        path.to(unwrapped(model).dtype)
     routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
     save(model, out)
     return result
@@ -280,6 +256,22 @@ def _state_budget(
     if hasattr(routing.config, "capacity"):
         routing.config = recipe.config(**overrides, capacity=keep)
     return budget, keep
+
+
+def _fit_paths(
+    model: nn.Module, training: Sequence[Example], pad: int, progress: Progress | None
+) -> dict[str, float] | None:
+    """The closed-form fit of linear skip paths on the training examples; None where there are none."""
+    if not routing_of(model).paths():
+        return None
+    chosen, tokens = [], 0
+    for example in training:
+        if tokens < FIT_TOKENS:
+            chosen.append(example.input_ids)
+            tokens += len(example.input_ids)
+    batches = budgets.prompts_to_batches(chosen, pad)
+    stage = None if progress is None else (lambda done, total: progress("fit", done, total, {}))
+    return {str(site): share for site, share in fit_paths(model, batches, stage).items()}
 
 
 def _initialise(model: nn.Module, recipe: Recipe, scores: dict[Any, float], keep: float) -> None:
@@ -360,7 +352,9 @@ def _trainer(
         average_tokens_across_devices=False,
     )
     report = _Report(progress)
-    controllers = [QuantileController(model, keep)] if recipe.controller == "quantile" else []
+    routing = routing_of(model)
+    keeps = [min(1.0, max(routing.keep_of(check_budget(b, routing)), 1e-6)) for b in recipe.budgets] or [keep]
+    controllers = [QuantileController(model, keeps, seed)] if recipe.controller == "quantile" else []
     trainer = RouterTrainer(
         model=model,
         args=args,

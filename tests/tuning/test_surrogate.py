@@ -1,0 +1,132 @@
+"""The closed-form fit of skip paths: it is the regression it claims to be, on what the paths really see."""
+
+import pytest
+import torch
+from tests.parity.models import tiny
+from tests.parity.oracle import attention_of, contributor_of, module_of
+from torch import nn
+
+from dynadepth import MindSkipConfig, attach, routing_of
+from dynadepth.errors import ConfigError
+from dynadepth.routing.skip_path import Reality
+from dynadepth.tuning import surrogate
+from dynadepth.tuning.surrogate import fit_paths
+
+
+def batches(side="right"):
+    made = []
+    for seed, lengths in ((0, (40, 31, 25)), (1, (36, 36, 9))):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 90, (3, 40), generator=generator)
+        column = torch.arange(40)
+        mask = torch.stack([column < n if side == "right" else column >= 40 - n for n in lengths]).long()
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def routed(name="llama", rank=8, **settings):
+    return attach(tiny(name), MindSkipConfig(layers="all", skip_path="linear", skip_rank=rank, **settings))
+
+
+def seen(name, target, layer, given):
+    """What a bare model's sublayer was given, and what it added to the stream, real tokens only."""
+    model = tiny(name)
+    block = model.get_decoder().layers[layer]
+    kept = {}
+    module, contributor = module_of(block, target), contributor_of(block, target)
+    module.register_forward_pre_hook(
+        lambda m, args, kwargs: kept.update(hidden=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+
+    def note(m, args, output):
+        kept["out"] = output[0] if isinstance(output, tuple) else output
+
+    contributor.register_forward_hook(note)
+    with torch.no_grad():
+        model(**given)
+    return kept["hidden"], kept["out"] - kept["hidden"] if target == "block" else kept["out"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("llama", "attention"), ("llama", "mlp"), ("llama", "block"), ("gemma3", "attention"), ("gemma3", "mlp"),
+     ("olmo2", "attention"), ("gpt_neox", "attention"), ("granite", "block")],
+)  # fmt: skip
+def test_what_is_explained_is_what_the_path_gets_right(name, target, side):
+    model, data = routed(name, target=target), batches(side)
+    explained = fit_paths(model, data)
+    for site, path in routing_of(model).paths().items():
+        errors, contributions = [], []
+        for batch in data:
+            mask = batch["attention_mask"].bool()
+            hidden, wanted = seen(name, target, site.layer, batch)
+            with torch.no_grad():
+                found, _ = path(hidden, Reality.of(mask))
+            errors.append((found - wanted)[mask])
+            contributions.append(wanted[mask])
+        wanted = torch.cat(contributions)
+        share = 1 - torch.cat(errors).square().sum() / (wanted - wanted.mean(0)).square().sum()
+        # the variance is summed batch by batch around each batch's own mean, which is a little less
+        assert explained[site] == pytest.approx(float(share), abs=1e-3), site
+        assert explained[site] > 0.05
+
+
+def test_full_rank_is_ridge_regression_and_less_rank_explains_less():
+    data = batches()
+    shares = {rank: fit_paths(routed(rank=rank), data) for rank in (2, 8, 32)}
+    for site in shares[32]:
+        assert shares[2][site] < shares[8][site] < shares[32][site]
+    model = routed(rank=32)
+    fit_paths(model, data)
+    site, path = list(routing_of(model).paths().items())[1]
+    features, wanted = [], []
+    for batch in data:
+        mask = batch["attention_mask"].bool()
+        hidden, out = seen("llama", "attention", site.layer, batch)
+        for row in range(3):
+            h = hidden[row][mask[row]]
+            before = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+            mean = torch.stack([h[: t + 1].mean(0) for t in range(len(h))])
+            features.append(torch.cat([h, before, mean], 1))
+            wanted.append(out[row][mask[row]])
+    x, y = torch.cat(features).double(), torch.cat(wanted).double()
+    ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+    moments = ones.T @ ones / len(x)
+    damping = torch.full((97,), float(surrogate.RIDGE * moments.diagonal()[:-1].mean()), dtype=torch.float64)
+    damping[-1] = 1e-6
+    weights = torch.linalg.solve(moments + damping.diag(), ones.T @ y / len(x))
+    read = torch.cat(path.read.chunk(3, dim=1), 0).double()
+    torch.testing.assert_close(read @ path.write.double(), weights[:-1], atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(path.bias.double(), weights[-1], atol=2e-3, rtol=1e-2)
+
+
+def test_a_small_memory_takes_more_passes_and_gives_the_same():
+    data, calls = batches(), []
+    one, many = routed(), routed()
+    fit_paths(one, data)
+    fit_paths(many, data, lambda done, total: calls.append((done, total)), memory=1)
+    assert calls == [(i + 1, 8) for i in range(8)]  # 4 sites, 2 batches
+    for name, tensor in routing_of(one).tensors().items():
+        torch.testing.assert_close(routing_of(many).tensors()[name], tensor)
+
+
+def test_bad_input():
+    few = [{"input_ids": torch.ones(1, 9, dtype=torch.long), "attention_mask": torch.ones(1, 9, dtype=torch.long)}]
+    with pytest.raises(ConfigError, match="9 tokens are too few to fit skip paths of 97 features"):
+        fit_paths(routed(), few)
+    with pytest.raises(ConfigError, match="set skip_path to linear"):
+        fit_paths(attach(tiny("llama"), MindSkipConfig(layers="all")), few)
+    with pytest.raises(ConfigError, match="skip_rank must be a whole number of at least 1, not 0"):
+        MindSkipConfig(skip_rank=0)
+    with pytest.raises(ConfigError, match="Unknown skip path 'liner'; known: identity, linear. Did you mean"):
+        MindSkipConfig(skip_path="liner")
+
+
+def test_nothing_of_the_model_changes():
+    bare, model = tiny("llama"), routed()
+    fit_paths(model, batches())
+    names = dict(model.named_parameters())
+    assert all(torch.equal(p, names[name]) for name, p in bare.named_parameters())
+    assert all(not isinstance(m, nn.Module) or not m._forward_hooks for m in model.modules())
+    assert attention_of(model.get_decoder().layers[0]).depth_state.skip_path.write.abs().sum() > 0
