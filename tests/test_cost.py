@@ -9,7 +9,6 @@ import dynadepth
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError
-from dynadepth.routing.skip_path import AbstractSkipPath
 from parity.models import FAMILIES, VOCABULARY, WIDTH, tiny
 
 WORK = [(0, 5), (0, 9), (3, 4), (9, 1), (12, 5)]  # (past, tokens), below and beyond the window of 5

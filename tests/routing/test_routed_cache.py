@@ -244,7 +244,7 @@ def test_what_a_skip_path_forgot_cannot_be_taken_back() -> None:
 
 def test_a_skip_path_remembers_no_more_after_a_thousand_tokens() -> None:
     model = routed(skip_path="linear", skip_rank=3)
-    with fixed_routes(model, {site: False for site in routing_of(model).sites}), torch.no_grad():
+    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, False)), torch.no_grad():
         cache = model(input_ids=ids(2, 5)).past_key_values
         held = cache.memories.bytes()
         assert held == LAYERS * 2 * (2 * 3 + 1) * 4
