@@ -51,6 +51,8 @@ class Rows:
         self.check(batch["input_ids"])
         self.cache.activate_past_recording()  # again: an ordinary cache without windows does not note it
         assert isinstance(self.cache, RoutedCache)
+        if routing_of(model).paths():
+            self.since_crop = 0
 
     def check(self, new: Tensor) -> None:
         """Runs new tokens `[rows, t]`, already part of the rows, and compares every row's last logits."""
