@@ -107,17 +107,13 @@ def frontier(
 
 def show(found: Findings) -> None:
     """Prints the table, in two halves that fit a terminal."""
-    from dynadepth.report.frontier_table import COST, budgets_met, rough_timing
-    from dynadepth.report.frontier_table import table as lines_of
+    from dynadepth.report.frontier_table import budgets_met, halves, rough_timing
 
-    columns, lines = lines_of(found)
-    for title, shown in (
-        (f"Frontier of {found.model}: quality", [name for name in columns if name not in COST]),
-        ("What it costs, of the dense model's", [name for name in columns if name in ("method", "budget", *COST)]),
-    ):
-        grid = table(title, *shown)
+    titles = (f"Frontier of {found.model}: quality", "Cost, of the dense model's; times as fast")
+    for title, (columns, lines) in zip(titles, halves(found), strict=True):
+        grid = table(title, *columns)
         for line in lines:
-            grid.add_row(*(line.values[columns.index(name)] for name in shown))
+            grid.add_row(*line.values)
         out().print(grid)
     for sentence in [*budgets_met(found)[2], rough_timing(found)]:
         if sentence:

@@ -128,7 +128,7 @@ def _perplexity(summary: dict[str, Any], x: dict[str, float] | None, found: Find
     if x is None or y is None:
         return None
     low, high = (y * ratio["low"] / ratio["value"], y * ratio["high"] / ratio["value"]) if ratio else (y, y)
-    return x["value"], y, (low, high), x["value"] * x["spread"] / 2
+    return x["value"], y, (low, high), x["value"] * min(x["spread"], 1.0) / 2
 
 
 def _accuracy(summary: dict[str, Any]) -> Point | None:

@@ -13,7 +13,7 @@ from typing import Any
 from dynadepth.report import figures
 from dynadepth.report.cells import DENSE, Findings, budget_label
 from dynadepth.report.frontier_figures import PALETTE, Drawing, colour_key, drawings, layer_maps
-from dynadepth.report.frontier_table import budgets_met, rough_timing, table, task_table
+from dynadepth.report.frontier_table import budgets_met, halves, rough_timing, task_table
 from dynadepth.report.html import facts, rendered, write_text
 from dynadepth.report.routes import LEGEND, strip
 
@@ -29,7 +29,6 @@ def write_page(path: Path, found: Findings) -> Path:
 
 def render(found: Findings) -> str:
     """The page of what `report.cells.read_folder` found."""
-    columns, lines = table(found)
     task_columns, task_lines = task_table(found)
     budget_columns, budget_lines, missed = budgets_met(found)
     at = _sample_budget(found)
@@ -41,7 +40,7 @@ def render(found: Findings) -> str:
         subtitle=_subtitle(found, cells),
         problems=found.problems,
         colours={name: colour_key(found, name) for name in found.cells},
-        table={"columns": columns, "lines": lines},
+        tables=halves(found),
         remarks=[rough] if rough else [],
         figures=[_inlined(drawing) for drawing in drawings(found)],
         methods=found.methods,

@@ -95,6 +95,17 @@ def table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
     return tuple(shown), lines
 
 
+def halves(found: Findings) -> list[tuple[tuple[str, ...], list[Line]]]:
+    """`table` as two that fit a screen: quality, then cost."""
+    columns, lines = table(found)
+    made = []
+    for cost in (False, True):
+        shown = [i for i, name in enumerate(columns) if name in ("method", "budget") or (name in COST) == cost]
+        cut = [Line(line.method, tuple(line.values[i] for i in shown)) for line in lines]
+        made.append((tuple(columns[i] for i in shown), cut))
+    return made
+
+
 def task_table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
     """Every task's usual metric ± standard error, its row count in the heading, and further texts' perplexities."""
     tasks: dict[str, int] = {}
