@@ -47,7 +47,7 @@ def test_help_lists_every_verb_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in ("demo", "tune", "eval", "generate", "bench", "info"))
+    assert all(verb in done.stdout for verb in ("demo", "tune", "eval", "generate", "bench", "info", "frontier"))
     assert seconds < 10  # it takes 0.3 s on an idle machine; what matters is that torch stays out
 
 
@@ -59,6 +59,10 @@ def test_help_lists_every_verb_and_needs_no_torch():
         ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --json"),
         ("bench", "--routers --budget --batch --context --new-tokens --json"),
         ("demo", "--out --seed"),
+        (
+            "frontier",
+            "--methods --budgets --out --perplexity --tasks --task-data --limit --seed --data --bench --context",
+        ),
     ],
 )
 def test_every_option_of_the_contract_exists(run, verb, options):

@@ -12,8 +12,10 @@ import typer
 from dynadepth.cli.bench import bench
 from dynadepth.cli.demo import demo
 from dynadepth.cli.eval import evaluate
+from dynadepth.cli.frontier import frontier
 from dynadepth.cli.generate import generate
 from dynadepth.cli.info import info
+from dynadepth.cli.report import report
 from dynadepth.cli.session import one_line_warnings
 from dynadepth.cli.tune import tune
 
@@ -44,6 +46,8 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("info")(info)
+app.command("frontier")(frontier)
+app.command("report")(report)
 
 
 def main() -> None:

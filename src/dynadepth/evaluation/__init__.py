@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,7 @@ def evaluate(
     batch_size: int = 8,
     max_windows: int | None = None,
     seed: int = 0,
+    with_rows: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores a model as it stands: routed where routers are attached, else dense.
@@ -52,7 +52,8 @@ def evaluate(
     windows. With `compare_dense` the dense model is scored on the same rows and tokens, which gives `dense`, `kl`,
     `agreement` and, per task, `diff_vs_dense`: a 95 % paired bootstrap interval (from `seed`) of the usual metric's
     difference. `progress` is given a line after each batch, for a status line. A model without routers is its own
-    dense model.
+    dense model. `with_rows` adds the scores behind the means as `rows`, for paired comparisons: `tasks` (the usual
+    metric of each row), `perplexity` (nats a token of each window) and, with `compare_dense`, `kl` of each window.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `flops_share` and `kv_share` those of the whole model, for sequences of their mean length.
@@ -99,6 +100,12 @@ def evaluate(
         if count:
             out["kl"] = sum(d.kl * d.n_tokens for d in divergences.values()) / count
             out["agreement"] = sum(d.agreement * d.n_tokens for d in divergences.values()) / count
+    if with_rows:
+        out["rows"] = {
+            "tasks": {name: list(result.rows) for name, result in results.items()},
+            "perplexity": {file: list(figures.rows) for file, figures in measured.items()},
+            "kl": {file: list(d.rows) for file, d in divergences.items()},
+        }
     return out | _spent(model, record, mean_length())
 
 
@@ -140,7 +147,7 @@ def _block(results: Mapping[str, TaskResult], measured: Mapping[str, Perplexity]
     return {
         "tasks": {name: result.as_dict() for name, result in results.items()},
         "average": sum(values) / len(values) if values else None,
-        "perplexity": {file: asdict(figures) for file, figures in measured.items()},
+        "perplexity": {file: figures.as_dict() for file, figures in measured.items()},
     }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,12 +43,18 @@ class Perplexity:
     ppl: float
     nll: float
     n_tokens: int
+    rows: tuple[float, ...] = ()
+    """`nll` of each window, in their order: for paired comparisons."""
 
     @classmethod
-    def of(cls, total_nll: float, n_tokens: int) -> Perplexity:
-        """From the summed negative log-likelihood in nats."""
-        nll = total_nll / n_tokens
-        return cls(math.exp(nll) if nll < 700 else math.inf, nll, n_tokens)
+    def of(cls, rows: Sequence[float], n_tokens: int) -> Perplexity:
+        """From the windows' own negative log-likelihoods (nats a token; all windows score equally many tokens)."""
+        nll = sum(rows) / len(rows)
+        return cls(math.exp(nll) if nll < 700 else math.inf, nll, n_tokens, tuple(rows))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of the JSON contract."""
+        return {"ppl": self.ppl, "nll": self.nll, "n_tokens": self.n_tokens}
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Divergence:
     n_tokens: int
     routed: Perplexity
     dense: Perplexity
+    rows: tuple[float, ...] = ()
+    """`kl` of each window, in their order."""
 
 
 def perplexity(
@@ -84,7 +92,8 @@ def perplexity(
     8 tokens, `ConfigError` for a window or prompt that makes no sense.
     """
     windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
-    total, count = 0.0, 0
+    rows: list[float] = []
+    count = 0
     with _eval_mode(model):
         scorer = Scorer(model, is_attached(model))
         for ids_BT in _batches(windows_NT, batch_size, progress):
@@ -94,9 +103,9 @@ def perplexity(
             log_probs_N, _ = pair_log_probs(
                 states.states_BTD, states.to_logits, torch.arange(len(targets_N), device=ids_BT.device), targets_N
             )
-            total -= log_probs_N.double().sum().item()
+            rows += _by_window(-log_probs_N, len(ids_BT))
             count += len(targets_N)
-    return Perplexity.of(total, count)
+    return Perplexity.of(rows, count)
 
 
 @torch.no_grad()
@@ -126,10 +135,10 @@ def divergence(
             max_windows=max_windows,
             progress=progress,
         )
-        return Divergence(0.0, 1.0, alone.n_tokens, alone, alone)
+        return Divergence(0.0, 1.0, alone.n_tokens, alone, alone, (0.0,) * len(alone.rows))
     windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
-    kl = agree = routed_nll = dense_nll = 0.0
-    count = 0
+    rows: dict[str, list[float]] = {"routed": [], "dense": [], "kl": []}
+    agree = count = 0
     with _eval_mode(model):
         scorer = Scorer(model, True)
         for ids_BT in _batches(windows_NT, batch_size, progress):
@@ -143,16 +152,19 @@ def divergence(
                 log_prob_chunks(dense.states_BTD, dense.to_logits),
                 strict=True,
             )
+            found: dict[str, list[Tensor]] = {name: [] for name in rows}
             for (start, routed_NV), (_, dense_NV) in pairs:
                 targets_N1 = targets_N[start : start + len(routed_NV), None]
-                routed_nll -= routed_NV.gather(1, targets_N1).double().sum().item()
-                dense_nll -= dense_NV.gather(1, targets_N1).double().sum().item()
-                agree += (routed_NV.argmax(-1) == dense_NV.argmax(-1)).sum().item()
-                kl += (dense_NV.exp() * (dense_NV - routed_NV)).sum(-1).double().sum().item()
+                found["routed"].append(-routed_NV.gather(1, targets_N1)[:, 0])
+                found["dense"].append(-dense_NV.gather(1, targets_N1)[:, 0])
+                found["kl"].append((dense_NV.exp() * (dense_NV - routed_NV)).sum(-1))
+                agree += int((routed_NV.argmax(-1) == dense_NV.argmax(-1)).sum())
+            for name, chunks in found.items():
+                rows[name] += _by_window(torch.cat(chunks), len(ids_BT))
             count += len(targets_N)
-    return Divergence(
-        kl / count, agree / count, count, Perplexity.of(routed_nll, count), Perplexity.of(dense_nll, count)
-    )
+    routed_figures, dense_figures = (Perplexity.of(rows[name], count) for name in ("routed", "dense"))
+    kl = sum(rows["kl"]) / len(rows["kl"])
+    return Divergence(kl, agree / count, count, routed_figures, dense_figures, tuple(rows["kl"]))
 
 
 def cut(
@@ -196,6 +208,12 @@ def _run(scorer: Scorer, ids_BT: Tensor, prompt: int) -> States:
     prompt_BT[:, :prompt] = True
     states = scorer(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), prompt_BT)
     return States(states.states_BTD[:, prompt - 1 : -1].flatten(0, 1), states.to_logits)
+
+
+def _by_window(values_N: Tensor, windows: int) -> list[float]:
+    """The mean of each window's values."""
+    means: list[float] = values_N.double().view(windows, -1).mean(1).tolist()
+    return means
 
 
 def _batches(windows_NT: Tensor, batch_size: int, progress: Progress | None) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ WIDTH = 4.4
 
 def bars(values: Mapping[str, float], titles: Mapping[str, str], unit: str) -> Figure:
     """One horizontal bar an entry, coloured by its key (`dense`, `routed`, `static`), its value written beside it."""
-    figure, axes = _new(height=0.55 + 0.38 * len(values))
+    figure, axes = new(height=0.55 + 0.38 * len(values))
     names = list(values)
     axes.barh(names, list(values.values()), color=[COLOURS.get(name, COLOURS["ink"]) for name in names], height=0.62)
     for place, value in enumerate(values.values()):
@@ -46,7 +46,7 @@ def bars(values: Mapping[str, float], titles: Mapping[str, str], unit: str) -> F
 def grouped(groups: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], unit: str, line: float) -> Figure:
     """Groups of horizontal bars (`{group: {variant: value}}`) with a line at `line`: speed-ups against 1."""
     variants = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure, axes = _new(height=0.7 + 0.26 * len(groups) * (len(variants) + 0.6))
+    figure, axes = new(height=0.7 + 0.26 * len(groups) * (len(variants) + 0.6))
     step = 1 / (len(variants) + 0.6)
     for index, name in enumerate(variants):
         places = [place + (index - (len(variants) - 1) / 2) * step for place in range(len(groups))]
@@ -75,7 +75,7 @@ def grouped(groups: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]
 def layer_map(rows: Sequence[tuple[str, Sequence[float | None], str]]) -> Figure:
     """One strip a row of (label, share executed a layer, key of its colour): full where it executes, faint where it is
     skipped, hatched with a dot where nothing is routed (None)."""
-    figure, axes = _new(height=0.7 + 0.3 * len(rows))
+    figure, axes = new(height=0.7 + 0.3 * len(rows))
     for place, (_, shares, key) in enumerate(rows):
         for layer, share in enumerate(shares):
             filled = 1.0 if share is None else share
@@ -93,7 +93,7 @@ def layer_map(rows: Sequence[tuple[str, Sequence[float | None], str]]) -> Figure
 
 def curve(values: Sequence[float], x: str, y: str) -> Figure:
     """A line over its index: the loss while tuning."""
-    figure, axes = _new(height=1.9)
+    figure, axes = new(height=1.9)
     axes.plot(range(1, len(values) + 1), values, color=COLOURS["routed"], linewidth=1.2)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -101,8 +101,10 @@ def curve(values: Sequence[float], x: str, y: str) -> Figure:
     return figure
 
 
-def inline(figure: Figure, name: str, description: str) -> str:
-    """The figure as an `<svg>` element without any reference outside of itself; `name` keeps its ids apart."""
+def inline(figure: Figure, name: str, description: str, colours: Mapping[str, str] = COLOURS) -> str:
+    """The figure as an `<svg>` element without any reference outside of itself; `name` keeps its ids apart.
+
+    Each of the `colours` becomes the page's CSS variable of that name."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -118,12 +120,13 @@ def inline(figure: Figure, name: str, description: str) -> str:
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"(<svg\b[^>]*?) width=\"[\d.]+pt\"", r"\1", svg)
     svg = re.sub(r"(<svg\b[^>]*?) height=\"[\d.]+pt\"", r"\1", svg)
-    for key, colour in COLOURS.items():
+    for key, colour in colours.items():
         svg = svg.replace(colour, f"var(--{key})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description, quote=True)}"', 1)
 
 
-def _new(height: float) -> tuple[Figure, Axes]:
+def new(height: float) -> tuple[Figure, Axes]:
+    """An empty figure in the house's style, `WIDTH` inches wide. Raises `DynadepthError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

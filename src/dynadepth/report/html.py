@@ -32,7 +32,11 @@ def require_extra() -> None:
 
 def write_page(path: Path, results: Mapping[str, Any]) -> Path:
     """Writes the whole page or nothing."""
-    page = render(results)
+    return write_text(path, render(results))
+
+
+def write_text(path: Path, page: str) -> Path:
+    """Writes the whole text or nothing. Raises `DynadepthError` where it cannot."""
     try:
         atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     except OSError as error:
@@ -40,17 +44,23 @@ def write_page(path: Path, results: Mapping[str, Any]) -> Path:
     return path
 
 
-def render(results: Mapping[str, Any]) -> str:
-    """The page of a demo's results (`report.demo.run_demo`), or of any part of them."""
+def rendered(template: str, **values: Any) -> str:
+    """A template of this package filled in, every text escaped."""
     require_extra()
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("dynadepth.report", ""), autoescape=True, trim_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page of a demo's results (`report.demo.run_demo`), or of any part of them."""
     settings = results.get("settings") or {}
     title = settings.get("model") or "dynadepth"
     if settings.get("budget") is not None:
         title = f"{title}: {settings['budget']:.0%} of the {results.get('target') or 'attention'} sublayers"
-    return environment.get_template(TEMPLATE).render(
+    return rendered(
+        TEMPLATE,
         title=title,
         subtitle=_subtitle(results),
         verdict=verdict(results),
@@ -61,7 +71,7 @@ def render(results: Mapping[str, Any]) -> str:
         samples=[_sample(sample, results.get("layers")) for sample in results.get("samples") or []],
         legend=LEGEND,
         steps=[{"title": s["title"], "time": _clock(s.get("seconds"))} for s in results.get("steps") or []],
-        facts=list(_facts(results.get("provenance") or {})),
+        facts=list(facts(results.get("provenance") or {})),
     )
 
 
@@ -150,11 +160,11 @@ def _clock(seconds: float | None) -> str:
     return "-" if seconds is None else f"{int(seconds) // 60}:{seconds % 60:04.1f}"
 
 
-def _facts(provenance: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def facts(provenance: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested dicts as `hardware: cpu`; what is None is left out."""
     for key, value in provenance.items():
         if isinstance(value, Mapping):
-            yield from _facts(value, f"{prefix}{key}: ")
+            yield from facts(value, f"{prefix}{key}: ")
         elif isinstance(value, Sequence) and not isinstance(value, str):
             yield f"{prefix}{key}", ", ".join(map(str, value))
         elif value is not None:

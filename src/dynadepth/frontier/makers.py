@@ -1,0 +1,264 @@
+"""Kinds of methods: how a row of the frontier routes a model at a budget.
+
+`Dense`, `Static` (one of `ORDERS`), `RandomPerInput`, `Tuned` (a recipe), `TwinOf` (the fixed route of a tuned row). A
+maker gives the budgets at which its row has a cell, the settings that the cell depends on, and the model routed at a
+budget: one part, or two whose figures are mixed where a fixed route between two whole counts is meant.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dynadepth.errors import BudgetError
+from dynadepth.frontier.workbench import Workbench
+from dynadepth.methods import DepthConfig, StaticConfig
+from dynadepth.methods.random import RandomConfig
+from dynadepth.model import attach, detach, fixed_routes, load, routing_of, set_budget
+from dynadepth.tuning import Recipe, load_recipe
+
+Budget = float | None
+TOLERANCE = 0.02
+"""How far a twin's keep ratio may be from the routed one's before two counts are mixed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A routed model, and the share of the inputs that it stands for."""
+
+    opened: Callable[[], AbstractContextManager[PreTrainedModel]]
+    share: float = 1.0
+
+
+class Maker(ABC):
+    """How a row routes a model."""
+
+    @abstractmethod
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        """The budgets of the row's cells; None is the routers' own. Raises `BudgetError` for one out of reach."""
+
+    @abstractmethod
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        """What the row's cells depend on, beyond the run's settings."""
+
+    @abstractmethod
+    def ready(self, bench: Workbench, name: str) -> None:
+        """Reads what can fail early."""
+
+    @abstractmethod
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        """The model at a budget."""
+
+
+@dataclass(frozen=True)
+class Dense(Maker):
+    """The bare model."""
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        return (1.0,)
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {}
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        pass
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        return [Part(lambda: nullcontext(bench.model))]
+
+
+def _cosine(bench: Workbench, name: str, target: str) -> list[int]:
+    scores = bench.scores(name, load_recipe(), target)
+    return [site.layer for site in sorted(scores, key=lambda site: scores[site])]
+
+
+ORDERS: dict[str, Callable[[Workbench, str, str], list[int]]] = {
+    "cosine": _cosine,
+    "deepest": lambda bench, name, target: list(range(bench.n_layers - 2, -1, -1)),
+    "random": lambda bench, name, target: random.Random(bench.settings.seed).sample(
+        range(bench.n_layers), bench.n_layers
+    ),
+}
+"""By name: which layers are skipped, the first one first. (workbench, row, target) -> layers."""
+
+LEFT_OUT = {"deepest": 1}
+"""Layers that an order never skips, where there are such."""
+
+
+@dataclass(frozen=True)
+class Static(Maker):
+    """The same layers skipped for every input: the first ones of an order, in the nearest whole number."""
+
+    order: str
+    target: str = "attention"
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of `StaticConfig`."""
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        asked, most = tuple(asked), n_layers - LEFT_OUT.get(self.order, 0)
+        for budget in asked:
+            _check_reach(name, budget, n_layers, most, round((1 - budget) * n_layers) <= most)
+        return asked
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        made = {"order": self.order, "target": self.target, **self.method}
+        if self.order == "cosine":
+            made["importance"] = bench.tuning_settings(name, load_recipe())
+        return made
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        if self.order == "cosine":
+            _read_files(bench, name, load_recipe())
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        assert budget is not None
+        order = ORDERS[self.order](bench, name, self.target)
+        skip = tuple(sorted(order[: round((1 - budget) * bench.n_layers)]))
+        return [Part(lambda: _attached(bench.model, StaticConfig(target=self.target, skip=skip, **self.method)))]
+
+
+@dataclass(frozen=True)
+class RandomPerInput(Maker):
+    """Each input draws its own route (`methods/random.py`)."""
+
+    target: str = "attention"
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        return tuple(asked)
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {"target": self.target}
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        pass
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        assert budget is not None
+        config = RandomConfig(target=self.target, layers="all", keep=budget, seed=bench.settings.seed)
+        return [Part(lambda: _attached(bench.model, config))]
+
+
+@dataclass(frozen=True)
+class Tuned(Maker):
+    """Routers tuned once by a recipe, then set to each budget. Without calibration they have their own alone."""
+
+    recipe: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the recipe that are replaced."""
+
+    def made(self) -> Recipe:
+        """The recipe with the changes."""
+        return replace(load_recipe(self.recipe), **self.changes)
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        recipe, asked = self.made(), tuple(asked)
+        if not recipe.calibrate:
+            return (None,)
+        routed = len(recipe.config().routed_layers(n_layers))
+        for budget in asked:
+            _check_reach(name, budget, n_layers, routed, budget >= (n_layers - routed) / n_layers - 1e-9)
+        return asked
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {"tuning": bench.tuning_settings(name, self.made())}
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        if not bench.is_tuned(name, self.made()):
+            _read_files(bench, name, self.made())
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        folder = bench.routers(name, self.made())
+        return [Part(lambda: _loaded(bench.model, folder, budget))]
+
+
+@dataclass(frozen=True)
+class TwinOf(Maker):
+    """The fixed route with the keep ratio that a tuned row had on text, least important sites first, with that row's
+    own routers' skip paths and tuning."""
+
+    of: str
+    """The tuned row's name: its cells come first."""
+    row: Tuned
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        return self.row.budgets(name, asked, n_layers)
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {"twin of": self.row.settings(bench, self.of)}
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        self.row.ready(bench, self.of)
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        recipe = self.row.made()
+        folder = bench.routers(self.of, recipe)
+        scores = bench.scores(self.of, recipe, recipe.config().target)
+        routed = recipe.config().routed_layers(bench.n_layers)
+        order = [s.layer for s in sorted(scores, key=lambda site: scores[site]) if s.layer in routed]
+        keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
+        counts = whole_counts(keep, bench.n_layers, len(order))
+        return [Part(_fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
+
+
+def whole_counts(keep: float, n_layers: int, most: int) -> list[tuple[int, float]]:
+    """(skipped, share of the inputs): the nearest whole count, or two whose mean keeps `keep` where that is too far."""
+    exact = min((1 - keep) * n_layers, float(most))
+    if abs(round(exact) - exact) / n_layers <= TOLERANCE:
+        return [(round(exact), 1.0)]
+    low = math.floor(exact)
+    return [(low, low + 1 - exact), (low + 1, exact - low)]
+
+
+def _check_reach(name: str, budget: float, n_layers: int, most: int, reached: bool) -> None:
+    if not reached:
+        raise BudgetError(
+            f"budget {budget:g} cannot be reached by {name}: it skips at most {most} of {n_layers} sublayers, so at "
+            f"least {(n_layers - most) / n_layers:.3f} always executes; leave the method or the budget out."
+        )
+
+
+def _read_files(bench: Workbench, name: str, recipe: Recipe) -> None:
+    """Tuning data that is not the model's own is read before any cell is measured."""
+    if bench.source(name, recipe) != "self":
+        bench.examples(name, recipe)
+
+
+@contextmanager
+def _attached(model: PreTrainedModel, config: DepthConfig) -> Iterator[PreTrainedModel]:
+    attach(model, config)
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+@contextmanager
+def _loaded(model: PreTrainedModel, folder: Path, budget: Budget) -> Iterator[PreTrainedModel]:
+    load(model, folder)
+    try:
+        if budget is not None:
+            set_budget(model, **{routing_of(model).target.name: budget})
+        yield model
+    finally:
+        detach(model)
+
+
+def _fixed(
+    model: PreTrainedModel, folder: Path, skip: frozenset[int]
+) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+    @contextmanager
+    def opened() -> Iterator[PreTrainedModel]:
+        with _loaded(model, folder, None):
+            decisions = {site: site.layer not in skip for site in routing_of(model).sites}
+            with fixed_routes(model, decisions):
+                yield model
+
+    return opened

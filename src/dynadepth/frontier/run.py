@@ -1,0 +1,204 @@
+"""Runs a frontier, or what is left of it.
+
+A cell whose file is there, made with the same settings, is used as it is. One made with other settings is an error that
+names the difference, before anything is measured: figures of one folder are comparable. A damaged file is said and
+measured again. Nothing is remembered beside the files, so a killed run goes on at the cell where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadepth import adapter
+from dynadepth.errors import ConfigError, DataError
+from dynadepth.evaluation.comparison import against_dense
+from dynadepth.frontier.makers import Budget
+from dynadepth.frontier.rows import ROWS, Row, chosen
+from dynadepth.frontier.scoring import blend, measured, timed
+from dynadepth.frontier.settings import Settings, difference
+from dynadepth.frontier.workbench import Workbench
+from dynadepth.provenance import provenance
+from dynadepth.report.cells import (
+    DENSE,
+    FORMAT,
+    ROUTERS,
+    SUMMARY,
+    Cell,
+    Findings,
+    cell_name,
+    cell_path,
+    plain,
+    read_cell,
+    read_folder,
+    write_json,
+)
+from dynadepth.report.frontier_table import summary_of
+from dynadepth.report.stamp import stamp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Teller:
+    """Where progress goes: `say(line)` once a cell, `detail(line)` as often as there is news."""
+
+    say: Callable[[str], object] = lambda line: None
+    detail: Callable[[str], None] = lambda line: None
+
+
+def run_frontier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    out: Path,
+    teller: Teller | None = None,
+) -> Findings:
+    """Measures every cell that `out` does not hold yet, and writes `frontier.json`. The model is given back bare.
+
+    Raises `ConfigError` for an unknown method or for cells and routers made with other settings, `BudgetError` for a
+    budget that a method cannot reach, `DataError` for texts, tasks and tuning data that cannot be read: all of it
+    before the first cell.
+    """
+    teller = teller or Teller()
+    model.eval()
+    bench = Workbench(model, tokenizer, settings, out, teller.detail)
+    rows = chosen(settings.methods)
+    plan = [(row, b) for row in rows for b in row.maker.budgets(row.name, settings.budgets, bench.n_layers)]
+    common = {"model": bench.fingerprint, "dtype": str(model.dtype).removeprefix("torch."), **settings.scored()}
+    wanted = {row.name: plain({**common, "method": row.maker.settings(bench, row.name)}) for row in rows}
+    _collect(bench, plan, wanted, teller)
+    for row in rows:
+        if any(not _complete(bench, row, budget) for of, budget in plan if of is row):
+            row.maker.ready(bench, row.name)
+    _write_summary(bench, rows, plan)
+
+    for number, (row, budget) in enumerate(plan, start=1):
+        name = cell_name(row.name, budget)
+        if _complete(bench, row, budget):
+            continue
+        place = f"[{number}/{len(plan)}] {name}"
+        bench.tell = lambda line, place=place: teller.detail(f"{place}: {line}")  # type: ignore[misc]
+        cell = _measure(bench, row, budget, wanted[row.name])
+        write_json(cell_path(out, row.name, budget), cell)
+        bench.finished[name] = plain(cell)
+        _write_summary(bench, rows, plan)
+        teller.say(f"{place}: {_told(cell)}{_left(bench, plan)}")
+    return read_folder(out)
+
+
+def _collect(
+    bench: Workbench, plan: list[tuple[Row, Budget]], wanted: Mapping[str, dict[str, Any]], teller: Teller
+) -> None:
+    """Takes in the finished cells of the plan."""
+    for row, budget in plan:
+        path = cell_path(bench.out, row.name, budget)
+        if not path.exists():
+            continue
+        try:
+            cell = read_cell(path)
+        except DataError as error:
+            teller.say(f"{error} It is measured again.")
+            continue
+        differs = difference(cell["settings"], wanted[row.name])
+        if differs is None and bench.settings.bench and cell.get("speed") is not None:
+            differs = difference(cell["speed_settings"], bench.settings.timed())
+        if differs:
+            raise ConfigError(
+                f"{path} was made with other settings ({differs}): give another --out, or remove that file to have "
+                "it measured again."
+            )
+        bench.finished[cell_name(row.name, budget)] = cell
+
+
+def _complete(bench: Workbench, row: Row, budget: Budget) -> bool:
+    cell = bench.finished.get(cell_name(row.name, budget))
+    return cell is not None and (not bench.settings.bench or cell.get("speed") is not None)
+
+
+def _measure(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) -> Cell:
+    """One cell, or what it lacks: a cell that was made without timing is only timed."""
+    started = time.monotonic()
+    settings = bench.settings
+    before = bench.finished.get(cell_name(row.name, budget))
+    parts = row.maker.parts(bench, row.name, budget)
+    found: list[tuple[float, Any]] = []
+    speed: list[tuple[float, Any]] = []
+    mark: dict[str, Any] = {}
+    for part in parts:
+        with part.opened() as model:
+            mark = mark or stamp(settings.model, model, seed=settings.seed)
+            if before is None:
+                found.append((part.share, measured(model, bench.tokenizer, settings, bench.tell)))
+            if settings.bench:
+                speed.append((part.share, timed(model, bench.tokenizer, settings, bench.tell)))
+    cell: Cell
+    if before is None:
+        cell = {"format": FORMAT, "row": row.name, "budget": budget, "model": settings.model, "settings": wanted}
+        cell |= blend(found)
+        dense = cell if row.name == DENSE else bench.cell(DENSE, 1.0)
+        cell["against_dense"] = against_dense(cell["rows"], dense["rows"], settings.seed)
+        cell |= {"mixture": [part.share for part in parts], "provenance": mark, "tuning": _tuning(bench, row)}
+    else:
+        cell = dict(before)
+    cell["speed"] = blend(speed) if settings.bench else None
+    cell["speed_settings"] = settings.timed() if settings.bench else None
+    cell["seconds"] = cell.get("seconds", 0.0) + time.monotonic() - started
+    return cell
+
+
+def _tuning(bench: Workbench, row: Row) -> dict[str, Any] | None:
+    """How the row's routers came about."""
+    folder = bench.out / ROUTERS / row.name
+    if not folder.is_dir():
+        return None
+    result = (adapter.read(folder)[0].get("provenance") or {}).get("result") or {}
+    return {key: result.get(key) for key in ("seconds", "steps", "n_trainable", "n_train", "n_heldout")}
+
+
+def _write_summary(bench: Workbench, rows: list[Row], plan: list[tuple[Row, Budget]]) -> None:
+    """`frontier.json`: of this plan, and of finished cells that an earlier one left."""
+    try:
+        before = read_folder(bench.out)
+    except DataError:
+        before = Findings()
+    named = {row["name"]: row for row in before.methods} | {
+        row.name: {"name": row.name, "description": row.description} for row in rows
+    }
+    known = {row.name: row for row in ROWS}
+    names = [name for name in known if name in named] + [name for name in named if name not in known]
+    planned = [cell_name(row.name, budget) for row, budget in plan]
+    planned += [cell_name(name, b) for name, cells in before.cells.items() for b in cells]
+    settings = bench.settings
+    write_json(
+        bench.out / SUMMARY,
+        {
+            "format": FORMAT,
+            "model": settings.model,
+            "rows": [named[name] for name in names],
+            "planned": list(dict.fromkeys(planned)),
+            "cells": [summary_of(cell) for cells in before.cells.values() for cell in cells.values()],
+            "settings": {**settings.scored(), **settings.timed(), "bench": settings.bench},
+            "provenance": provenance(seed=settings.seed, dtype=bench.model.dtype),
+        },
+    )
+
+
+def _told(cell: Cell) -> str:
+    perplexity = next(iter(cell["text"]["perplexity"].values()))["ppl"]
+    keep = cell["text"]["keep_ratio"]["all"]
+    return f"perplexity {perplexity:,.2f}, {keep:.1%} executed, {cell['seconds']:.0f} s"
+
+
+def _left(bench: Workbench, plan: list[tuple[Row, Budget]]) -> str:
+    """Time that the other cells will take if they take as long as the finished ones."""
+    left = sum(not _complete(bench, row, budget) for row, budget in plan)
+    if not left:
+        return ""
+    took = [cell["seconds"] for cell in bench.finished.values()]
+    minutes = left * sum(took) / len(took) / 60
+    return f"; {left} left, about {minutes:.0f} min" if minutes >= 1 else f"; {left} left, under a minute"

@@ -1,0 +1,146 @@
+"""What the methods of a frontier share: the bare model, tuning data, importance scores, and routers tuned once.
+
+Routers are tuned into `DIR/routers/NAME` and used again where their settings are the same; an interrupted tuning goes
+on from its last checkpoint. Routers that a run with other settings finished are never overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadepth import adapter
+from dynadepth.architectures import decoder_layers
+from dynadepth.budget import importance, prompts_to_batches
+from dynadepth.errors import AdapterError, ConfigError, DataError
+from dynadepth.frontier.settings import Settings, difference, source_facts
+from dynadepth.model import detach, is_attached, routing_of
+from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
+from dynadepth.report.stamp import model_facts, sign
+from dynadepth.routing.decision import Site
+from dynadepth.tuning import Collator, Example, Recipe, examples_for, tune
+from dynadepth.tuning.data import pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Workbench:
+    """One run's model and everything made from it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    out: Path
+    tell: Callable[[str], None] = lambda line: None
+    """Takes news of long work."""
+    finished: dict[str, Cell] = field(default_factory=dict)
+    """Cells by name."""
+    _examples: dict[tuple[Any, ...], list[Example]] = field(default_factory=dict)
+    _scores: dict[tuple[Any, ...], dict[Site, float]] = field(default_factory=dict)
+
+    @cached_property
+    def n_layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model's weights."""
+        return str(model_facts(self.settings.model, self.model)["fingerprint"])
+
+    def cell(self, row: str, budget: float | None) -> Cell:
+        """A cell that is finished."""
+        return self.finished[cell_name(row, budget)]
+
+    def source(self, row: str, recipe: Recipe) -> str:
+        """Where a method's tuning data comes from."""
+        return self.settings.data_of.get(row) or self.settings.data or recipe.data
+
+    def examples(self, row: str, recipe: Recipe) -> list[Example]:
+        """The method's tuning data, read or written once."""
+        source = self.source(row, recipe)
+        key = (source, recipe.max_samples, recipe.max_length, recipe.shuffle, recipe.answer_tokens)
+        if key not in self._examples:
+            try:
+                self._examples[key] = examples_for(
+                    source,
+                    self.model,
+                    self.tokenizer,
+                    recipe,
+                    max_samples=self.settings.max_samples,
+                    seed=self.settings.seed,
+                    cache_dir=self.out / "self-data",
+                    progress=lambda done, total: self.tell(f"the model writes its own data: {done} of {total}"),
+                )
+            except DataError as error:
+                raise DataError(
+                    f"{error} (This is the tuning data of {row}: give another as --data {row}=FILE, or leave the "
+                    "method out with --methods.)"
+                ) from error
+        return self._examples[key]
+
+    def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:
+        """1 − cosine importance of the target's sublayers, on the held-out prompts of the method's tuning data."""
+        key = (self.source(row, recipe), recipe.max_samples, recipe.holdout, target)
+        if key not in self._scores:
+            examples = self.examples(row, recipe)
+            held = examples[: max(1, round(recipe.holdout * len(examples)))]
+            collator = Collator(pad_token_id(self.tokenizer), seed=self.settings.seed)
+            prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in held]
+            self.tell("measuring importance")
+            self._scores[key] = importance(self.model, prompts_to_batches(prompts, collator.pad_token_id), target)
+        return self._scores[key]
+
+    def tuning_settings(self, row: str, recipe: Recipe) -> dict[str, Any]:
+        """What a method's routers depend on, as JSON."""
+        return plain(
+            {
+                "recipe": recipe.to_dict(),
+                "data": source_facts(self.source(row, recipe)),
+                "max_samples": self.settings.max_samples,
+                "seed": self.settings.seed,
+                "model": self.fingerprint,
+            }
+        )
+
+    def is_tuned(self, row: str, recipe: Recipe) -> bool:
+        """Are the method's routers finished? Raises `ConfigError` where they are, with other settings."""
+        folder = self.out / ROUTERS / row
+        try:
+            made = adapter.read(folder)[0].get("provenance") or {}
+        except AdapterError:
+            return False
+        if "frontier" not in made or "stopped" in made:
+            return False
+        if differs := difference(made["frontier"], self.tuning_settings(row, recipe)):
+            raise ConfigError(
+                f"The routers in {folder} were tuned with other settings ({differs}): give another --out, or remove "
+                "that folder and the method's cells."
+            )
+        return True
+
+    def routers(self, row: str, recipe: Recipe) -> Path:
+        """The folder of the method's routers, tuned now if need be."""
+        folder = self.out / ROUTERS / row
+        if self.is_tuned(row, recipe):
+            return folder
+
+        def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+            self.tell(f"{row}, {stage}: {done} of {total}" + "".join(f", {k} {v:.3f}" for k, v in figures.items()))
+
+        examples = self.examples(row, recipe)
+        try:
+            tune(
+                self.model, self.tokenizer, examples, recipe, out=folder, seed=self.settings.seed, progress=progress
+            )  # fmt: skip
+            routing_of(self.model).provenance["frontier"] = self.tuning_settings(row, recipe)
+            sign(self.model, folder, self.settings.model, self.settings.seed)
+        finally:
+            if is_attached(self.model):
+                detach(self.model)
+            self.model.eval()
+        return folder

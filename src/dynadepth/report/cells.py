@@ -1,0 +1,171 @@
+"""The folder of a frontier: which files it holds, how they are written, and how they are read back.
+
+    DIR/cells/NAME@BUDGET.json   one cell: a method at a budget, everything that was measured of it
+    DIR/frontier.json            the methods and the table, without the scores of single rows
+    DIR/routers/NAME             routers of the tuned methods
+
+A cell is written when it is finished, whole or not at all. Reading for the page is lenient: `read_folder` shows what
+can be shown and says what cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynadepth.adapter import atomically
+from dynadepth.errors import ConfigError, DataError
+
+FORMAT = 1
+CELLS, SUMMARY, ROUTERS = "cells", "frontier.json", "routers"
+OWN = "own"
+"""Stands for the budget of a method whose routers have no calibration."""
+DENSE = "dense"
+
+Cell = dict[str, Any]
+
+PARTS: dict[str, type] = {
+    "row": str, "settings": dict, "text": dict, "site_keep": dict, "kinds": dict, "samples": list, "layers": int,
+}  # fmt: skip
+"""What every finished cell has."""
+
+
+def budget_label(budget: float | None) -> str:
+    """`0.75`, or `own`."""
+    return OWN if budget is None else f"{budget:g}"
+
+
+def cell_name(row: str, budget: float | None) -> str:
+    """`static@0.75`: the cell's name, and its file's without `.json`."""
+    return f"{row}@{budget_label(budget)}"
+
+
+def cell_path(folder: Path, row: str, budget: float | None) -> Path:
+    """Where the cell is kept."""
+    return folder / CELLS / f"{cell_name(row, budget)}.json"
+
+
+def read_cell(path: Path) -> Cell:
+    """One cell. Raises `DataError` saying what is wrong with a file that is none."""
+    document = _read(path)
+    if document.get("format") != FORMAT:
+        raise DataError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}.")
+    for name, kind in PARTS.items():
+        if not isinstance(document.get(name), kind):
+            raise DataError(f"{path} is damaged: it has no {name!r}.")
+    try:
+        figures = document["text"]["perplexity"]
+        assert all(isinstance(value["nll"], float) for value in figures.values())
+        assert document["budget"] is None or isinstance(document["budget"], float)
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise DataError(f"{path} is damaged: its figures cannot be read ({error!r}).") from error
+    return document
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a whole file or none. Numbers that JSON does not have become null."""
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@dataclass
+class Findings:
+    """What a folder holds."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    """`name` and `description` of each method, in the order of the table."""
+    cells: dict[str, dict[float | None, Cell]] = field(default_factory=dict)
+    """By method, then by budget, the largest first and a method's own last."""
+    model: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """A sentence for each part that is missing or damaged."""
+
+    @property
+    def dense(self) -> Cell | None:
+        """The dense model's cell."""
+        return next(iter(self.cells.get(DENSE, {}).values()), None)
+
+    def add(self, cell: Cell) -> None:
+        """Takes in a cell."""
+        of_row = self.cells.setdefault(cell["row"], {})
+        of_row[cell["budget"]] = cell
+        order = sorted(of_row, key=lambda budget: (budget is None, -(budget or 0)))
+        self.cells[cell["row"]] = {budget: of_row[budget] for budget in order}
+
+    @property
+    def methods(self) -> list[dict[str, str]]:
+        """The rows that have a cell, in order; those that the summary does not name come last."""
+        named = [row for row in self.rows if row["name"] in self.cells]
+        known = {row["name"] for row in named}
+        return named + [{"name": name, "description": ""} for name in sorted(self.cells) if name not in known]
+
+
+def read_folder(folder: Path) -> Findings:
+    """Everything usable in `folder`, and what is not. Raises `DataError` where nothing is."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}.")
+    found = Findings()
+    planned: list[str] = []
+    try:
+        summary = _read(folder / SUMMARY)
+        found.rows = [{"name": str(row["name"]), "description": str(row["description"])} for row in summary["rows"]]
+        found.provenance, found.model = dict(summary["provenance"]), summary["model"]
+        planned = [str(name) for name in summary["planned"]]
+    except DataError as error:
+        found.problems.append(str(error))
+    except (KeyError, TypeError, ValueError):
+        found.problems.append(f"{folder / SUMMARY} is damaged: it does not name the methods.")
+    files = sorted((folder / CELLS).glob("*.json")) if (folder / CELLS).is_dir() else []
+    for path in files:
+        try:
+            found.add(read_cell(path))
+        except DataError as error:
+            found.problems.append(str(error))
+    if not found.cells:
+        raise DataError(
+            f"{folder} holds no finished cell of a frontier ({'; '.join(p.rstrip('.') for p in found.problems)}): make "
+            "some with `dynadepth frontier MODEL --out DIR`."
+        )
+    there = {path.stem for path in files}
+    found.problems += [f"The cell {name} is missing: it was planned." for name in planned if name not in there]
+    if found.dense is None:
+        found.problems.append("There is no dense cell: differences from the dense model are left out.")
+    found.model = found.model or next(iter(next(iter(found.cells.values())).values())).get("model")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} is damaged: it holds no object.")
+    return document
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def plain(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document as it is read back: tuples become lists, keys texts."""
+    result: dict[str, Any] = json.loads(json.dumps(_finite(document)))
+    return result

@@ -1,0 +1,102 @@
+"""The frontier as one HTML page that needs nothing beside it: no scripts, no network, no model.
+
+It shares the style of the demo's page (`base.html.j2`): light and dark, readable on a phone. What is missing or damaged
+in the folder stands on top of the page; the rest is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dynadepth.report import figures
+from dynadepth.report.cells import DENSE, Findings, budget_label
+from dynadepth.report.frontier_figures import PALETTE, Drawing, colour_key, drawings, layer_maps
+from dynadepth.report.frontier_table import budgets_met, halves, rough_timing, task_table
+from dynadepth.report.html import facts, rendered, write_text
+from dynadepth.report.routes import LEGEND, strip
+
+TEMPLATE = "frontier.html.j2"
+SAMPLE_BUDGET = 0.75
+"""Answers are shown at the budget nearest to this one."""
+
+
+def write_page(path: Path, found: Findings) -> Path:
+    """Writes the whole page or nothing."""
+    return write_text(path, render(found))
+
+
+def render(found: Findings) -> str:
+    """The page of what `report.cells.read_folder` found."""
+    task_columns, task_lines = task_table(found)
+    budget_columns, budget_lines, missed = budgets_met(found)
+    at = _sample_budget(found)
+    cells = [cell for by_budget in found.cells.values() for cell in by_budget.values()]
+    rough = rough_timing(found)
+    return rendered(
+        TEMPLATE,
+        title=f"{found.model or 'dynadepth'}: quality, depth and speed",
+        subtitle=_subtitle(found, cells),
+        problems=found.problems,
+        colours={name: colour_key(found, name) for name in found.cells},
+        tables=halves(found),
+        remarks=[rough] if rough else [],
+        figures=[_inlined(drawing) for drawing in drawings(found)],
+        methods=found.methods,
+        tasks={"columns": task_columns, "lines": task_lines},
+        budgets={"columns": budget_columns, "lines": budget_lines},
+        per_kind=max((kind.get("sequences", 0) for cell in cells for kind in cell["kinds"].values()), default=0),
+        missed=missed,
+        maps=[_inlined(drawing) for drawing in layer_maps(found)],
+        samples=list(_samples(found, at)),
+        at=None if at is None else budget_label(at),
+        legend=LEGEND,
+        facts=[*facts(found.provenance), *_commits(cells)],
+    )
+
+
+def _inlined(drawing: Drawing) -> dict[str, str]:
+    palette = figures.COLOURS | PALETTE if drawing.name.startswith("layers-") else PALETTE
+    return {
+        "caption": drawing.caption,
+        "svg": figures.inline(drawing.figure, drawing.name, drawing.caption, palette),
+    }
+
+
+def _subtitle(found: Findings, cells: list[dict[str, Any]]) -> str:
+    texts = list(dict.fromkeys(name for cell in cells for name in cell["text"]["perplexity"]))
+    tokens = max((f.get("n_tokens") or 0 for c in cells for f in c["text"]["perplexity"].values()), default=0)
+    return (
+        f"{len(cells)} cells of {len(found.cells)} methods; {cells[0]['layers']} layers; texts: {', '.join(texts)} "
+        f"(up to {tokens:,} scored tokens each). The model itself is frozen."
+    )
+
+
+def _sample_budget(found: Findings) -> float | None:
+    budgets = {b for name, cells in found.cells.items() if name != DENSE for b in cells if b is not None}
+    return min(budgets, key=lambda budget: (abs(budget - SAMPLE_BUDGET), budget), default=None)
+
+
+def _samples(found: Findings, at: float | None) -> Iterator[dict[str, Any]]:
+    """Per prompt the answers of every method that has a cell at this budget, of dense, and of those with their own."""
+    shown: dict[str, dict[str, Any]] = {}
+    for row in found.methods:
+        cells = found.cells[row["name"]]
+        cell = cells.get(at) or cells.get(None) or (found.dense if row["name"] == DENSE else None)
+        for answer in cell["samples"] if cell else ():
+            shown.setdefault(str(answer["prompt"]), {})[row["name"]] = (answer, cell["layers"] if cell else 0)
+    for prompt, answers in shown.items():
+        made = []
+        for method, (answer, layers) in answers.items():
+            route, keep = answer.get("route"), answer.get("keep_ratio")
+            kept = f"{keep['all']:.0%} of all, {keep['routed']:.0%} of the routed sites" if keep else ""
+            text = str(answer.get("text") or "").strip()
+            made.append({"method": method, "text": text, "strip": strip(route, layers) if route else "", "keep": kept})
+        yield {"prompt": prompt, "answers": made}
+
+
+def _commits(cells: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The commits that the cells were measured with, where there are several."""
+    commits = dict.fromkeys(str((cell.get("provenance") or {}).get("commit")) for cell in cells)
+    return [("commits of the cells", ", ".join(commits))] if len(commits) > 1 else []

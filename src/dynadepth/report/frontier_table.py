@@ -1,0 +1,199 @@
+"""The frontier in rows, for `frontier.json`, the terminal and the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dynadepth.report.cells import DENSE, Cell, Findings, budget_label
+
+TOLERANCE = 0.02
+"""How far a measured keep ratio may be from its budget."""
+ROUGH = 0.25
+"""Spread of timing samples (interquartile range over median) from which on a ratio means little."""
+
+COST = ("FLOPs", "KV", "prefill", "decode", "routes")
+"""Columns of the table that are not about quality."""
+
+
+def summary_of(cell: Cell) -> dict[str, Any]:
+    """One flat line a cell: what the table shows, as numbers. What was not measured is None.
+
+    `perplexity` is that of the first text, `ratio` its ratio to dense with `low` and `high` (95 %), `tasks` the mean of
+    the tasks' usual metrics, `difference` that from dense; `prefill` and `decode` are times as fast as dense.
+    """
+    text, tasks = cell["text"], cell.get("tasks") or {}
+    against = cell.get("against_dense") or {}
+    first = next(iter(text["perplexity"]))
+    keep = text.get("keep_ratio") or {}
+    return {
+        "method": cell["row"],
+        "budget": cell["budget"],
+        "keep_all": keep.get("all"),
+        "keep_routed": keep.get("routed"),
+        "keep_tasks": (tasks.get("keep_ratio") or {}).get("all"),
+        "flops_share": text.get("flops_share"),
+        "kv_share": text.get("kv_share"),
+        "text": first,
+        "perplexity": text["perplexity"][first].get("ppl"),
+        "ratio": (against.get("perplexity") or {}).get(first),
+        "kl": text.get("kl"),
+        "agreement": text.get("agreement"),
+        "tasks": tasks.get("average"),
+        "difference": against.get("average"),
+        "prefill": speedup(cell, "prefill"),
+        "decode": speedup(cell, "decode"),
+        "routes": cell.get("routes"),
+    }
+
+
+def speedup(cell: Cell, phase: str) -> dict[str, float] | None:
+    """`value` and `spread` of a phase's speed-up over dense; None where it was not timed. Dense is 1."""
+    if cell["row"] == DENSE:
+        return {"value": 1.0, "spread": 0.0}
+    for timed in cell.get("speed") or []:
+        if timed.get("phase") == phase and timed.get("speedup"):
+            return {"value": timed["speedup"], "spread": timed.get("spread") or 0.0}
+    return None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: texts, and the method's name for its colour."""
+
+    method: str
+    values: tuple[str, ...]
+
+
+def table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
+    """Columns and lines of the frontier; columns that nobody has a figure for are left out."""
+    columns = {
+        "method": lambda s: s["method"],
+        "budget": lambda s: "-" if s["method"] == DENSE else budget_label(s["budget"]),
+        "executed": lambda s: percent(s["keep_all"]),
+        "FLOPs": lambda s: percent(s["flops_share"]),
+        "KV": lambda s: percent(s["kv_share"]),
+        "perplexity": lambda s: number(s["perplexity"]),
+        "× dense, 95 %": lambda s: _interval(s, "ratio", 1, "{:.2f}"),
+        "KL": lambda s: number(s["kl"], 3),
+        "tasks": lambda s: percent(s["tasks"]),
+        "Δ points, 95 %": lambda s: _interval(s, "difference", 100, "{:+.1f}"),
+        "prefill": lambda s: _times(s["prefill"]),
+        "decode": lambda s: _times(s["decode"]),
+        "routes": lambda s: _routes(s["routes"]),
+    }
+    summaries = [summary_of(cell) for row in found.methods for cell in found.cells[row["name"]].values()]
+    texts = {name: [show(summary) for summary in summaries] for name, show in columns.items()}
+    others = [s["method"] != DENSE for s in summaries]
+    shown = [
+        name
+        for name, values in texts.items()
+        if name == "method" or any(text != "-" and other for text, other in zip(values, others, strict=True))
+    ] or list(columns)
+    lines = [Line(s["method"], tuple(texts[name][i] for name in shown)) for i, s in enumerate(summaries)]
+    return tuple(shown), lines
+
+
+def halves(found: Findings) -> list[tuple[tuple[str, ...], list[Line]]]:
+    """`table` as two that fit a screen: quality, then cost."""
+    columns, lines = table(found)
+    made = []
+    for cost in (False, True):
+        shown = [i for i, name in enumerate(columns) if name in ("method", "budget") or (name in COST) == cost]
+        cut = [Line(line.method, tuple(line.values[i] for i in shown)) for line in lines]
+        made.append((tuple(columns[i] for i in shown), cut))
+    return made
+
+
+def task_table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
+    """Every task's usual metric ± standard error, its row count in the heading, and further texts' perplexities."""
+    tasks: dict[str, int] = {}
+    files: dict[str, None] = {}
+    for cells in found.cells.values():
+        for cell in cells.values():
+            files |= dict.fromkeys(cell["text"]["perplexity"])
+            for name, figures in ((cell.get("tasks") or {}).get("tasks") or {}).items():
+                tasks[name] = figures.get("n", 0)
+    more = list(files) if len(files) > 1 else []
+    lines = []
+    for row in found.methods:
+        for budget, cell in found.cells[row["name"]].items():
+            scored = (cell.get("tasks") or {}).get("tasks") or {}
+            values = [row["name"], "-" if row["name"] == DENSE else budget_label(budget)]
+            values += [_task(scored.get(name)) for name in tasks]
+            values += [number((cell["text"]["perplexity"].get(file) or {}).get("ppl")) for file in more]
+            lines.append(Line(row["name"], tuple(values)))
+    heads = ("method", "budget", *(f"{name} ({n:,})" for name, n in tasks.items()), *more)
+    return heads, lines if tasks or more else []
+
+
+def budgets_met(found: Findings) -> tuple[tuple[str, ...], list[Line], list[str]]:
+    """What was asked for and what was executed, on the texts, the tasks and each kind of prompt; and, in words, the
+    cells that are off by more than 0.02 on the texts."""
+    kinds = list(dict.fromkeys(k for cells in found.cells.values() for c in cells.values() for k in c["kinds"]))
+    lines, missed = [], []
+    for row in found.methods:
+        if row["name"] == DENSE:
+            continue
+        for budget, cell in found.cells[row["name"]].items():
+            summary = summary_of(cell)
+            keeps = [summary["keep_all"], summary["keep_tasks"]]
+            keeps += [_keep(cell["kinds"].get(kind)) for kind in kinds]
+            lines.append(Line(row["name"], (row["name"], budget_label(budget), *(percent(keep) for keep in keeps))))
+            measured = summary["keep_all"]
+            if budget is not None and measured is not None and abs(measured - budget) > TOLERANCE + 1e-9:
+                missed.append(f"{row['name']} at {budget:g} executed {percent(measured)} on the texts.")
+    return ("method", "asked", "texts", "tasks", *kinds), lines, missed
+
+
+def rough_timing(found: Findings) -> str | None:
+    """A sentence where the machine was busy while timing."""
+    spreads = [
+        timed.get("spread") or 0.0
+        for cells in found.cells.values()
+        for cell in cells.values()
+        for timed in cell.get("speed") or []
+    ]
+    if max(spreads, default=0.0) <= ROUGH:
+        return None
+    return f"The machine was busy while timing (samples spread by up to {max(spreads):.0%}): these speeds are rough."
+
+
+def percent(share: float | None) -> str:
+    """`0.75` as `75.0 %`."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """With thousands set apart; `-` where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _interval(summary: Mapping[str, Any], key: str, scale: float, form: str) -> str:
+    value = summary[key]
+    if value is None or summary["method"] == DENSE:
+        return "-"
+    shown = [form.format(scale * value[part]) for part in ("value", "low", "high")]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def _times(value: Mapping[str, float] | None) -> str:
+    return "-" if value is None else f"{value['value']:.2f}×"
+
+
+def _routes(value: Mapping[str, int] | None) -> str:
+    return "-" if not value or not value.get("sequences") else f"{value['distinct']} of {value['sequences']}"
+
+
+def _task(figures: Mapping[str, Any] | None) -> str:
+    if not figures or figures.get("metric") is None:
+        return "-"
+    value = figures.get(figures["metric"], figures.get("perplexity"))
+    if figures.get("stderr") is None:
+        return number(value)
+    return f"{100 * value:.1f} ± {100 * figures['stderr']:.1f} %"
+
+
+def _keep(kind: Mapping[str, Any] | None) -> float | None:
+    return ((kind or {}).get("keep_ratio") or {}).get("all")
