@@ -130,3 +130,9 @@ def test_nothing_of_the_model_changes():
     assert all(torch.equal(p, names[name]) for name, p in bare.named_parameters())
     assert all(not isinstance(m, nn.Module) or not m._forward_hooks for m in model.modules())
     assert attention_of(model.get_decoder().layers[0]).depth_state.skip_path.write.abs().sum() > 0
+
+
+def test_a_rank_above_the_hidden_size_is_the_hidden_size():
+    model = routed(rank=500)
+    assert all(0 < share < 1 for share in fit_paths(model, batches()).values())
+    assert next(iter(routing_of(model).paths().values())).write.shape == (32, 32)

@@ -22,7 +22,8 @@ from dynadepth.errors import BudgetError
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import DepthConfig, StaticConfig
 from dynadepth.methods.random import RandomConfig
-from dynadepth.model import attach, detach, fixed_routes, load, routing_of, set_budget
+from dynadepth.model import attach, detach, fixed_routes, load, set_budget
+from dynadepth.routed import routing_of
 from dynadepth.tuning import Recipe, load_recipe
 
 Budget = float | None

@@ -21,8 +21,8 @@ from dynadepth.budget import forward, prompts_to_batches
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier.prompts import KINDS, SAMPLES, encoded
 from dynadepth.frontier.settings import Settings
-from dynadepth.model import is_attached, routing_of
 from dynadepth.report.samples import answers
+from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.recorder import Recorder, recording
 from dynadepth.tuning.data import pad_token_id
 

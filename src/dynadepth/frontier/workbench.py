@@ -17,9 +17,10 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.budget import importance, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError
 from dynadepth.frontier.settings import Settings, difference, source_facts
-from dynadepth.model import detach, is_attached, routing_of
+from dynadepth.model import detach
 from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
 from dynadepth.report.stamp import model_facts, sign
+from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import Collator, Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id

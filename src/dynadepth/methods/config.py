@@ -46,7 +46,7 @@ class DepthConfig(ABC):
     skip_path: str = "identity"
     """What a skipped sublayer contributes: nothing (`identity`), or a `linear` surrogate."""
     skip_rank: int = 64
-    """Rank of a `linear` skip path; without effect on others."""
+    """Rank of a `linear` skip path, at most the hidden size; without effect on others."""
 
     def __post_init__(self) -> None:
         target_named(self.target)

@@ -170,7 +170,7 @@ class LinearPath(AbstractSkipPath):
 
     @staticmethod
     def build(hidden_size: int, rank: int, unit_input: bool) -> LinearPath:
-        return LinearPath(hidden_size, rank, unit_input)
+        return LinearPath(hidden_size, min(rank, hidden_size), unit_input)
 
     def begin(self, rows: int, like: Tensor) -> Memory:
         total = torch.zeros(rows, self.rank, device=like.device)
