@@ -25,6 +25,7 @@ class Row:
 
 
 DEFAULT = Tuned("default")
+IDENTITY = {"method": {"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"}}
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
     Row("static", "skips the sublayers with the lowest 1 − cosine, the same for every input", Static("cosine")),
@@ -33,6 +34,11 @@ ROWS = (
     Row("random-per-input", "skips sublayers drawn anew for each input", RandomPerInput()),
     Row("mindskip-paper", "MindSkip with Router-Tuning as published, at the budget it gives", Tuned("mindskip-paper")),
     Row("default", "routers tuned once by the default recipe, serving every budget", DEFAULT),
+    Row(
+        "identity",
+        "the default recipe without skip paths: what is skipped contributes nothing",
+        Tuned("default", IDENTITY),
+    ),
     Row("default-static", "the static twin of default: a fixed route, the same keep ratio", TwinOf("default", DEFAULT)),
 )
 """In the order of the table."""
