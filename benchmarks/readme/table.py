@@ -25,11 +25,12 @@ def row(block: dict, kl: float, keep: float) -> dict:
 
 
 def rows() -> dict[str, dict]:
-    routed = read("eval-routed.json")
-    found = {"dense": row(routed["dense"], 0.0, 1.0), "routed": row(routed, routed["kl"], routed["keep_ratio"]["all"])}
-    for kind in ("static", "random"):  # 7 of 30 skipped: the keep ratio that the routed model has on this text
-        block = read(f"eval-{kind}-7.json")
-        found[f"{kind} twin"] = row(block, block["kl"], block["keep_ratio"]["all"])
+    found = {"dense": row(read("eval-routed-75.json")["dense"], 0.0, 1.0)}
+    for budget in (75, 50):
+        for kind, name in (("routed", "routed"), ("static", "static twin"), ("random", "random twin")):
+            if (HERE / f"eval-{kind}-{budget}.json").is_file():
+                block = read(f"eval-{kind}-{budget}.json")
+                found[f"{name}, budget 0.{budget}"] = row(block, block["kl"], block["keep_ratio"]["all"])
     return found
 
 
@@ -61,14 +62,15 @@ def figure(found: dict[str, dict]) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     names = list(found)
     colours = {"dense": "#777777", "routed": "#1f77b4", "static twin": "#ff7f0e", "random twin": "#bbbbbb"}
-    left.barh(names[::-1], [exp(found[n]["nll"]) for n in names[::-1]], color=[colours[n] for n in names[::-1]])
+    shown = [colours[n.partition(",")[0]] for n in names[::-1]]
+    left.barh(names[::-1], [exp(found[n]["nll"]) for n in names[::-1]], color=shown)
     left.set_xscale("log")
     left.set_title("WikiText-2 perplexity (log scale, lower is better)", fontsize=9)
     labels = [f"{c['phase']}, context {c['context']:,}" for c in cells]
     right.barh(labels[::-1], [c["speedup"] for c in cells[::-1]], color="#1f77b4")
     right.axvline(1.0, color="#777777", linewidth=1)
     right.set_title("speed-up over dense (higher is better)", fontsize=9)
-    fig.suptitle("SmolLM2-135M-Instruct, three quarters of all attentions", fontsize=10)
+    fig.suptitle("SmolLM2-135M-Instruct; speed at three quarters of all attentions", fontsize=10)
     fig.savefig(HERE / "figure.svg", metadata={"Date": None})
 
 

@@ -1,11 +1,10 @@
-"""Static and random twins of tuned routers: `python benchmarks/readme/twins.py MODEL ROUTERS OUT`.
+"""Static and random twins of tuned routers: `python benchmarks/readme/twins.py MODEL ROUTERS OUT COUNT...`.
 
-Writes OUT/static-N and OUT/random-N, routes that skip N sublayers for every input, for the two whole counts N on either
-side of the routers' budget. Static: least important first, by the scores and on the prompts that tuning itself started
-from (written anew with the recipe's seed). Random: drawn with seed 0. Both have the routers' own tuned skip paths.
+Writes OUT/static-N and OUT/random-N, routes that skip N sublayers for every input, for each COUNT N. Static: least
+important first, by the scores and on the prompts that tuning itself started from (written anew with the recipe's seed).
+Random: drawn with seed 0. Both have the routers' own tuned skip paths.
 """
 
-import math
 import random
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from dynadepth.tuning import Recipe, examples_for
 from dynadepth.tuning.data import Collator, pad_token_id
 
 
-def main(name: str, routers: str, out: str) -> None:
+def main(name: str, routers: str, out: str, *counts: str) -> None:
     model, tokenizer = hub.load_model(name), hub.load_tokenizer(name)
     load(model, routers)
     routing = routing_of(model)
@@ -28,10 +27,9 @@ def main(name: str, routers: str, out: str) -> None:
     collator = Collator(pad, seed=made["seed"])
     prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
     scores = budget.importance(model, budget.prompts_to_batches(prompts, pad), target)
-    skipped = (1 - made["budget"]) * n_layers
     order = list(range(n_layers))
     random.Random(0).shuffle(order)
-    for count in sorted({math.floor(skipped), math.ceil(skipped)}):
+    for count in map(int, counts):
         routes = {"static": budget.static_skip(scores, 1 - count / n_layers, n_layers), "random": order[:count]}
         for kind, skip in routes.items():
             path, rank = routing.config.skip_path, routing.config.skip_rank
