@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods import MindSkipConfig
 from dynadepth.model import attach, set_threshold
 from dynadepth.routed import routing_of
-from dynadepth.tuning import self_data
+from dynadepth.tuning import Recipe, examples_for, self_data
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.formats import encode_chat
 from dynadepth.tuning.sampling import _draw, sample
@@ -281,6 +282,24 @@ def test_plain_passages(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     assert all(passage.prompt_length == 0 for passage in passages)
     assert len({tuple(passage.input_ids) for passage in passages}) > 40
     assert passages == plain_passages(model, tokenizer, n=50, max_new_tokens=6, batch_size=20)
+
+
+@pytest.mark.parametrize(("passages", "plain"), [(0.0, 0), (0.25, 3), (0.5, 6), (1.0, 12)])
+def test_a_recipes_mix(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, passages: float, plain: int
+) -> None:
+    recipe = Recipe("mix", "test", {"method": "mindskip"}, answer_tokens=5, passages=passages, passage_tokens=9)
+    examples = examples_for("self", model, tokenizer, recipe, max_samples=12)
+    is_plain = [example.prompt_length == 0 for example in examples]
+    assert len(examples) == 12
+    assert sum(is_plain) == plain
+    assert abs(sum(is_plain[:6]) - plain / 2) <= 0.5  # as many in either half
+    assert all(len(e.input_ids) - e.prompt_length <= 5 for e in examples if e.prompt_length)
+    assert any(len(e.input_ids) > 5 + 2 for e in examples if not e.prompt_length) == (plain > 0)
+    if plain:
+        echoed = examples_for("self", model, tokenizer, replace(recipe, echo=True), max_samples=12)
+        once, twice = ([e.input_ids for e in made if not e.prompt_length] for made in (examples, echoed))
+        assert twice == [ids * (1 + i % 2) for i, ids in enumerate(once)]
 
 
 @pytest.mark.parametrize("option", [{"n": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": 0.0}])
