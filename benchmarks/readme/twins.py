@@ -1,7 +1,7 @@
 """Static and random twins of tuned routers: `python benchmarks/readme/twins.py MODEL ROUTERS OUT COUNT...`.
 
 Writes OUT/static-N and OUT/random-N, routes that skip N sublayers for every input, for each COUNT N. Static: least
-important first, by the scores and on the prompts that tuning itself started from (written anew with the recipe's seed).
+important first, by the scores that tuning itself started from (written anew with the recipe's seed).
 Random: drawn with seed 0. Both have the routers' own tuned skip paths.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dynadepth import StaticConfig, attach, budget, detach, hub, load, routing_of, save
 from dynadepth.tuning import Recipe, examples_for
-from dynadepth.tuning.data import Collator, pad_token_id
+from dynadepth.tuning.data import pad_token_id
 
 
 def main(name: str, routers: str, out: str, *counts: str) -> None:
@@ -23,10 +23,8 @@ def main(name: str, routers: str, out: str, *counts: str) -> None:
     recipe = Recipe(**made["recipe"])
     examples = examples_for("self", model, tokenizer, recipe, seed=made["seed"], cache_dir=Path(routers) / "self-data")
     heldout = examples[: made["result"]["n_heldout"]]
-    pad = pad_token_id(tokenizer)
-    collator = Collator(pad, seed=made["seed"])
-    prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
-    scores = budget.importance(model, budget.prompts_to_batches(prompts, pad), target)
+    texts = budget.prompts_to_batches([e.input_ids for e in heldout], pad_token_id(tokenizer))
+    scores = budget.importance(model, texts, target)
     order = list(range(n_layers))
     random.Random(0).shuffle(order)
     for count in map(int, counts):

@@ -107,7 +107,10 @@ def tune(
         sign(loaded, out_dir, model, seed)
 
         grid = table(
-            f"Tuned in {result.seconds:.0f} s: {result.n_trainable:,} router parameters", "held out", "before", "after"
+            f"Tuned in {result.seconds:.0f} s: {result.n_trainable:,} parameters of routers and skip paths",
+            "held out",
+            "before",
+            "after",
         )
         for label, which in (("routed sites", "routed"), ("all sublayers of the target", "all")):
             before, after = (getattr(keep, which, None) for keep in (result.keep_before, result.keep_after))

@@ -22,7 +22,7 @@ from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import Site
-from dynadepth.tuning import Collator, Example, Recipe, examples_for, tune
+from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
 
 if TYPE_CHECKING:
@@ -85,15 +85,14 @@ class Workbench:
         return self._examples[key]
 
     def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:
-        """1 − cosine importance of the target's sublayers, on the held-out prompts of the method's tuning data."""
+        """1 − cosine importance of the target's sublayers, on the held-out examples of the method's tuning data."""
         key = (self.source(row, recipe), recipe.max_samples, recipe.holdout, target)
         if key not in self._scores:
             examples = self.examples(row, recipe)
             held = examples[: max(1, round(recipe.holdout * len(examples)))]
-            collator = Collator(pad_token_id(self.tokenizer), seed=self.settings.seed)
-            prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in held]
+            texts = prompts_to_batches([e.input_ids for e in held], pad_token_id(self.tokenizer))
             self.tell("measuring importance")
-            self._scores[key] = importance(self.model, prompts_to_batches(prompts, collator.pad_token_id), target)
+            self._scores[key] = importance(self.model, texts, target)
         return self._scores[key]
 
     def tuning_settings(self, row: str, recipe: Recipe) -> dict[str, Any]:

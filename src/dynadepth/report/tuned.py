@@ -16,7 +16,7 @@ from dynadepth.provenance import provenance
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
-from dynadepth.tuning import Collator, Example, Recipe, tune
+from dynadepth.tuning import Example, Recipe, tune
 from dynadepth.tuning.data import pad_token_id
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def is_reusable(
 def importance_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: list[Example]
 ) -> dict[Site, float]:
-    """Importance of the routed sites on the prompts of the held-out examples: the scores that tuning starts from."""
+    """Importance of the routed sites on the held-out examples: the scores that tuning starts from."""
     pad, routing = pad_token_id(tokenizer), routing_of(model)
-    prompts = [e.input_ids[: e.prompt_length or Collator(pad).prefix_length(e.input_ids)] for e in heldout]
-    scores = importance(model, prompts_to_batches(prompts, pad), routing.target.name)
+    scores = importance(model, prompts_to_batches([e.input_ids for e in heldout], pad), routing.target.name)
     return {site: score for site, score in scores.items() if site in routing.states}
