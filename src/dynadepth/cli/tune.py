@@ -107,7 +107,7 @@ def tune(
         sign(loaded, out_dir, model, seed)
 
         grid = table(
-            f"Tuned in {result.seconds:.0f} s: {result.n_trainable:,} parameters of routers and skip paths",
+            f"Tuned {result.n_trainable:,} parameters in {result.seconds:.0f} s",
             "held out",
             "before",
             "after",

@@ -121,8 +121,8 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         data = tuning.get("data_seconds") if not again else None
         writing = "" if data is None else f" (and writing them took the model {data:.0f} s)"
         said.append(
-            f"Tuning {tuning.get('n_trainable', 0):,} parameters of routers and skip paths took {tuning['seconds']:.0f} s on "
-            f"{tuning.get('n_train', '?')} samples{writing}{again}."
+            f"Tuning {tuning.get('n_trainable', 0):,} parameters of routers and skip paths took "
+            f"{tuning['seconds']:.0f} s on {tuning.get('n_train', '?')} samples{writing}{again}."
         )
     return said
 

@@ -190,9 +190,8 @@ def tune(
         collator = Collator(pad, seed=seed)
         prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
         held_batches = budgets.prompts_to_batches(prompts, pad)
-        texts = budgets.prompts_to_batches(
-            [e.input_ids for e in heldout], pad
-        )  # whole: short prompts mislead the order
+        # Whole texts: short prompts put attentions that copy from the context early in the order.
+        texts = budgets.prompts_to_batches([e.input_ids for e in heldout], pad)
         scores = budgets.importance(model, texts, routing.target.name)
         scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
