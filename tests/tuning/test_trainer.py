@@ -158,7 +158,9 @@ def test_skip_paths_are_tuned_and_saved(tmp_path):
     fit_paths(model, [{k: v for k, v in Collator(0)(examples()[16:]).items() if k in ("input_ids", "attention_mask")}])
     fitted = {name: t.clone() for name, t in routing_of(model).tensors().items() if ".depth_path." in name}
     detach(model)
-    result = tune(model, Tokenizer(), examples(), LINEAR, out=tmp_path, budget=0.5)
+    still = dataclasses.replace(LINEAR, learning_rate=0.0, bias_learning_rate=0.0, budgets=())  # one route throughout
+    result = tune(model, Tokenizer(), examples(), still, out=tmp_path, budget=0.5)
+    assert result.keep_after == result.keep_before
     assert result.kl_after < result.kl_before
     assert result.explained is not None
     assert all(0 < share < 1 for share in result.explained.values())
