@@ -159,8 +159,10 @@ def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], 
         base.disable_input_require_grads()
         base.enable_input_require_grads()  # the routed model's own: see there
     for module in base.modules():
-        if "_gradient_checkpointing_func" in vars(module):
-            module._gradient_checkpointing_func = carrying_context(module._gradient_checkpointing_func)  # type: ignore
+        function: Any = vars(module).get("_gradient_checkpointing_func")
+        if function is not None:
+            wrapped: Any = carrying_context(function)
+            module._gradient_checkpointing_func = wrapped
 
 
 def folded_input(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

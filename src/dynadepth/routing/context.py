@@ -65,13 +65,13 @@ class ForwardContext:
 
     # ---- what skip paths stream
 
-    def reality_of(self, rows: Sequence[int] | None) -> Reality | None:
-        """Which tokens are real, of the logical rows `rows` (None: all); None where all are."""
+    def reality_of(self, rows: Tensor | None) -> Reality | None:
+        """Which tokens are real, of the logical rows `rows` (int64 index; None: all); None where all are."""
         if self.token_mask is None or self.unpadded:
             return None
         if self._reality is None:
             self._reality = Reality.of(self.token_mask)
-        return self._reality if rows is None else self._reality.rows(torch.tensor(rows, device=self.token_mask.device))
+        return self._reality if rows is None else self._reality.rows(rows.to(self.token_mask.device))
 
     def memory(self, state: Any, rows: Sequence[int], hidden: Tensor) -> Memory | None:
         """What a site's skip path remembers of `rows`; None where nothing outlives this forward."""

@@ -119,19 +119,18 @@ class PerSequence(Granularity):
 
     def _run_rows(self, state: SublayerState, call: SublayerCall, rows: Tensor, context: ForwardContext) -> Any:
         """Some rows (int64 `[n]`) execute, the others take the skip path."""
-        hidden, route = call.hidden, context.book.routes[state.site]
+        hidden, batch = call.hidden, len(call.hidden)
         result = call.rows(rows)()
         output = state.target.canvas(hidden)
         output.index_copy_(0, rows, state.hidden_of(result).to(output.dtype))
-        skipping = [i for i, on in enumerate(route) if not on]
-        index = torch.tensor(skipping, device=hidden.device)
-        contribution = state.contribution(hidden[index], context, skipping) if state.skip_path.streams else None
-        if contribution is not None:
-            whole = state.target.canvas(hidden)
-            whole.index_copy_(0, index, state.target.skipped(hidden[index], contribution))
-            execute = torch.ones(len(route), dtype=torch.bool, device=hidden.device).index_fill(0, index, False)
+        if state.skip_path.streams:
+            skipping, index = context.book.skipping(state.site, hidden.device)
+            part = hidden[index]
+            skipped = state.target.skipped(part, state.contribution(part, context, (skipping, index)))
+            whole = state.target.canvas(hidden).index_copy_(0, index, skipped)
+            execute = torch.ones(batch, dtype=torch.bool, device=hidden.device).index_fill_(0, index, False)
             output = state.blend(output, whole, execute, context)
-        return state.wrap(output, state.full_rows(result, rows, hidden.shape[0], context))
+        return state.wrap(output, state.full_rows(result, rows, batch, context))
 
     def _route(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> None:
         """Decides for the rows that have no route yet and bring a real token; one host transfer, none for known

@@ -22,6 +22,7 @@ class RouteBook:
         self.decided: list[bool] = []
         self.routes: dict[Site, list[bool]] = {}
         self._index: dict[Site, bool | Tensor] = {}
+        self._skipping: dict[Site, tuple[list[int], Tensor]] = {}
         self._whole: frozenset[Site] | None = None
 
     def open(self, batch: int) -> None:
@@ -60,6 +61,14 @@ class RouteBook:
             self._index[site] = rows
         return rows
 
+    def skipping(self, site: Site, device: torch.device) -> tuple[list[int], Tensor]:
+        """The rows that do not execute: on the host, and as an int64 index."""
+        held = self._skipping.get(site)
+        if held is None or held[1].device != device:
+            rows = [i for i, on in enumerate(self.routes[site]) if not on]
+            held = self._skipping[site] = (rows, torch.tensor(rows, device=device))
+        return held
+
     @property
     def whole(self) -> frozenset[Site]:
         """Sites at which every row executes."""
@@ -83,4 +92,5 @@ class RouteBook:
     def _forget(self) -> None:
         """Drops what was derived from the routes."""
         self._index.clear()
+        self._skipping.clear()
         self._whole = None

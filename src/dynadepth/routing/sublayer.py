@@ -7,7 +7,7 @@ progress (`context.current()`) what to run. Outside a routed forward it is the b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -90,13 +90,16 @@ class SublayerState:
             context.after_norm[self.site] = lambda norm, output: output
         return self.wrap(self.target.skipped(hidden, contribution), weights)
 
-    def contribution(self, hidden: Tensor, context: ForwardContext, rows: Sequence[int] | None = None) -> Tensor | None:
-        """The skip path's part `[n, T, D]` for the states of the logical rows `rows` (None: all), None for zero."""
+    def contribution(
+        self, hidden: Tensor, context: ForwardContext, rows: tuple[list[int], Tensor] | None = None
+    ) -> Tensor | None:
+        """The skip path's part `[n, T, D]` for the states of the logical rows `rows` (None: all; on the host and as an
+        index), None for zero."""
         if not self.skip_path.streams:
             return self.skip_path(hidden)[0]
-        numbers = range(len(hidden)) if rows is None else rows
+        numbers, index = (range(len(hidden)), None) if rows is None else rows
         memory = context.memory(self, numbers, hidden)
-        contribution, memory = self.skip_path(hidden, context.reality_of(rows), memory)
+        contribution, memory = self.skip_path(hidden, context.reality_of(index), memory)
         context.remember(self.site, numbers, memory)
         return contribution
 
