@@ -1,6 +1,6 @@
-"""FLOPs left of all attentions under static twins: `python benchmarks/readme/shares.py MODEL TWINS COUNT... > shares.json`.
+"""FLOPs left of all attentions under static twins: `python benchmarks/readme/shares.py MODEL TWINS COUNT...`.
 
-Reads TWINS/static-N for each COUNT N; skip paths are counted. Contexts of 100 and 1,024 tokens.
+Prints JSON. Reads TWINS/static-N for each COUNT N; skip paths are counted. Contexts of 100 and 1,024 tokens.
 """
 
 import json
