@@ -6,6 +6,7 @@ asked about devices and threads.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -118,3 +119,14 @@ def _memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def finite(value: Any) -> Any:
+    """`value` for JSON: every infinity and not-a-number replaced by None, in mappings and lists at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

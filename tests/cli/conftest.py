@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from commands import invoke, refusal
 from saved_model import save_model, save_routers
 
 
@@ -23,18 +22,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def routers_folder(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_routers(tmp_path_factory.mktemp("routers") / "routers", Path(model_folder)))
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    """`run("eval", folder, "--limit", 3)`: exit code, stdout and stderr apart; unexpected exceptions are raised."""
-    return invoke
-
-
-@pytest.fixture
-def refused() -> Callable[..., str]:
-    """Runs a command that must end as one sentence and exit code 2; returns the sentence."""
-    return refusal
 
 
 @pytest.fixture

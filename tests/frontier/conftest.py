@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import settings_for, write_data
-from typer.testing import Result
 
-from commands import invoke, refusal
 from dynadepth import hub
 from dynadepth.frontier.run import run_frontier
 from saved_model import save_model
@@ -46,15 +43,3 @@ def finished(model_folder: Path, data: dict[str, Any], tmp_path_factory: pytest.
 def folder(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "frontier"))
-
-
-@pytest.fixture
-def run() -> Callable[..., Result]:
-    """`run("report", folder)`: exit code, stdout and stderr apart."""
-    return invoke
-
-
-@pytest.fixture
-def refused() -> Callable[..., str]:
-    """Runs a command that must end as one sentence and exit code 2; returns the sentence."""
-    return refusal

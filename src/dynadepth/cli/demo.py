@@ -26,7 +26,7 @@ def demo(
         options.check_output_folder(out_dir)
         with progress("starting") as tell:
             quiet_libraries()
-            from dynadepth.cli.session import finite
+            from dynadepth.provenance import finite
             from dynadepth.report.demo import STEPS, Settings, Teller, run_demo
             from dynadepth.report.html import require_extra, write_page
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynadepth.errors import ConfigError, DynadepthError
+from dynadepth.provenance import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,17 +132,6 @@ def write_json(path: Path | None, document: dict[str, Any]) -> None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
     say(f"wrote {path}")
-
-
-def finite(value: Any) -> Any:
-    """`value` with every infinity and not-a-number replaced by None, in dicts and lists at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
 
 
 def table(title: str, *columns: str) -> Table:

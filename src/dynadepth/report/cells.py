@@ -11,7 +11,6 @@ can be shown and says what cannot.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from dynadepth.adapter import atomically
 from dynadepth.errors import ConfigError, DataError
+from dynadepth.provenance import finite
 
 FORMAT = 1
 CELLS, SUMMARY, ROUTERS = "cells", "frontier.json", "routers"
@@ -68,7 +68,7 @@ def read_cell(path: Path) -> Cell:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a whole file or none. Numbers that JSON does not have become null."""
-    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -155,17 +155,7 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
 def plain(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document as it is read back: tuples become lists, keys texts."""
-    result: dict[str, Any] = json.loads(json.dumps(_finite(document)))
+    result: dict[str, Any] = json.loads(json.dumps(finite(document)))
     return result
