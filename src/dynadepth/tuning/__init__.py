@@ -64,8 +64,6 @@ def examples_for(
 
     answers = write(self_examples, count - n_plain, 0, recipe.answer_tokens)
     passages = write(plain_passages, n_plain, len(answers), recipe.passage_tokens or recipe.answer_tokens)
-    if recipe.echo:
-        passages = [Example(e.input_ids * (1 + i % 2), 0) for i, e in enumerate(passages)]
     # in every part of the list as many of each as in the whole
     placed = [((i + 0.5) / len(part), e) for part in (answers, passages) for i, e in enumerate(part)]
     return [example for _, example in sorted(placed, key=lambda pair: pair[0])]

@@ -45,9 +45,6 @@ class Recipe:
     """Share of the samples that are plain text with `data: self`, which the model writes from a word or two on."""
     passage_tokens: int | None = None
     """Length of those; None: as long as the answers."""
-    echo: bool = False
-    """Repeats every other passage once within its sample. What a model copies from its context is what skipped
-    attentions lose first, and short texts hardly show it."""
     learning_rate: float = 1e-3
     bias_learning_rate: float | None = None
     """For router biases; None: the same."""
