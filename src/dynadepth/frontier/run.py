@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def run_frontier(
         if _complete(bench, row, budget):
             continue
         place = f"[{number}/{len(plan)}] {name}"
-        bench.tell = lambda line, place=place: teller.detail(f"{place}: {line}")  # type: ignore[misc]
+        bench.tell = partial(_detail, teller, place)
         cell = _measure(bench, row, budget, wanted[row.name])
         write_json(cell_path(out, row.name, budget), cell)
         bench.finished[name] = plain(cell)
@@ -118,6 +119,10 @@ def _collect(
 def _complete(bench: Workbench, row: Row, budget: Budget) -> bool:
     cell = bench.finished.get(cell_name(row.name, budget))
     return cell is not None and (not bench.settings.bench or cell.get("speed") is not None)
+
+
+def _detail(teller: Teller, place: str, line: str) -> None:
+    teller.detail(f"{place}: {line}")
 
 
 def _measure(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) -> Cell:
