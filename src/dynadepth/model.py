@@ -274,6 +274,8 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
     else:
         threshold = routing.calibration.threshold(keep)
     set_threshold(routing.routers().values(), threshold)
+    for router in routing.routers().values():
+        router.asked = keep < 1
     routing.budget = budget
 
 
@@ -293,6 +295,7 @@ def set_threshold(routers: Iterable[AbstractRouter], threshold: float) -> None:
     """Sets one threshold (logit space) for all routers."""
     for router in routers:
         router.threshold.fill_(threshold)
+        router.asked = True
 
 
 def save(model: nn.Module, directory: str | Path) -> Path:

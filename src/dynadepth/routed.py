@@ -56,8 +56,12 @@ class Routing:
     @property
     def trainable(self) -> bool:
         """Has any router or skip path a parameter to train?"""
-        return any(p.requires_grad for part in (self.routers(), self.paths()) for m in part.values()
-                   for p in m.parameters())  # fmt: skip
+        return self.learns or any(p.requires_grad for path in self.paths().values() for p in path.parameters())
+
+    @property
+    def learns(self) -> bool:
+        """Has any router a parameter to train? Then training runs every unit both ways, else what executes alone."""
+        return any(p.requires_grad for router in self.routers().values() for p in router.parameters())
 
     def routers(self) -> dict[Site, AbstractRouter]:
         """The router of each site."""

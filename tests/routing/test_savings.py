@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynadepth import Site, StaticConfig, attach, fixed_routes, routing_of
+from dynadepth import Site, StaticConfig, attach, disabled, fixed_routes, routing_of, set_budget
+from dynadepth.budget import calibrate
 from small import ALL, FAMILIES, LAYERS, bare, ids, mixed, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -150,6 +151,29 @@ def test_skipped_tokens_run_nothing(family: str, target: str, kv_policy: str) ->
             assert seen[layer, part] == (6 if is_routed and not projected else 12), part
 
 
+@pytest.mark.parametrize("granularity", ["sequence", "token"])
+def test_a_budget_of_one_asks_no_router_but_in_training(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = routed(granularity=granularity), ids(2, 6)
+    asked = []
+    for router in routing_of(model).routers().values():
+        router.register_forward_pre_hook(lambda router, _: asked.append(router))
+    set_budget(model, attention=1.0)
+    with disabled(model):
+        dense = model(input_ids=tokens).logits
+    assert torch.equal(model(input_ids=tokens).logits, dense)
+    assert not asked
+    model.train()(input_ids=tokens)
+    assert len(asked) == LAYERS
+    asked.clear()
+    routing_of(model).calibration = None
+    calibrate(model.eval(), [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}], [0.5])
+    assert asked
+    asked.clear()
+    set_budget(model, attention=0.5)
+    model(input_ids=tokens)
+    assert len(asked) == LAYERS
+
+
 def test_a_static_route_asks_no_router_and_pools_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from dynadepth.routing.granularity import PerSequence
     from dynadepth.routing.router import ConstantRouter
@@ -164,4 +188,4 @@ def test_a_static_route_asks_no_router_and_pools_nothing(monkeypatch: pytest.Mon
         model.generate(**ragged([5, 2]), max_new_tokens=3, do_sample=False)
         model.train()(input_ids=ids(2, 4))
     assert seen[0, PARTS[0]]
-    assert seen[1, "self_attn.q_proj"] == seen[2, "self_attn.q_proj"] == 8  # the masked forward's alone
+    assert seen[1, "self_attn.q_proj"] == seen[2, "self_attn.q_proj"] == 0  # training too: nothing learns there

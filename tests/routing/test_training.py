@@ -275,6 +275,62 @@ def test_without_gradients_there_are_no_gates_and_no_loss_term() -> None:
     assert all(d.gate is None for d in out.depth_trace.decisions.values())
 
 
+def freeze(model: Any) -> Any:
+    for router in routing_of(model).routers().values():
+        router.requires_grad_(False)
+    return model
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("target", "granularity", "kv_policy"),
+    [("mlp", "sequence", "project"), ("mlp", "token", "project")]
+    + [(target, *kind) for target in ("attention", "block") for kind in KINDS],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_skip_paths_learn_the_same_where_only_what_executes_runs(
+    family: str,
+    granularity: str,
+    kv_policy: str,
+    target: str,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no router learns, the sparse path runs; it has the loss and the path gradients of the masked one."""
+    config = {"target": target, "granularity": granularity, "kv_policy": kv_policy, "skip_path": "linear", "penalty": 0}
+    inputs = {**ragged([9, 5, 7, 8], "right"), "prompt_mask": torch.arange(9).expand(4, -1) < 4}
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    found, seen = [], []
+    for frozen in (False, True):
+        generator = torch.Generator().manual_seed(3)
+        model = routed(family, **config).train()
+        kind = type(routing_of(model).granularity)
+        sparse_run = kind.sparse
+        monkeypatch.setattr(kind, "sparse", lambda *args, run=sparse_run: (seen.append("sparse"), run(*args))[1])
+        if frozen:
+            freeze(model)
+        if checkpointing:
+            model.activation_checkpointing_enable(NON_REENTRANT)
+        shape = (4, 9) if granularity == "token" else (4,)
+        routes = {site: torch.rand(shape, generator=generator) < 0.6 for site in routing_of(model).sites}
+        with fixed_routes(model, routes):
+            out = step(model, inputs)
+        assert (seen.count("sparse") > 0) == frozen
+        grads = {
+            f"{site} {name}": parameter.grad
+            for site, path in routing_of(model).paths().items()
+            for name, parameter in path.named_parameters()
+            if parameter.grad is not None and parameter.grad.any()
+        }
+        found.append((out.loss.detach(), grads))
+    (masked_loss, masked), (sparse_loss, sparse) = found
+    assert masked
+    torch.testing.assert_close(sparse_loss, masked_loss, rtol=1e-4, atol=1e-5)
+    assert set(sparse) == set(masked)
+    for name, gradient in masked.items():
+        torch.testing.assert_close(sparse[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_a_copy_trains_alone() -> None:
     model = routed(penalty=0.1).train()
     twin = copy.deepcopy(model)

@@ -279,6 +279,9 @@ def test_every_token_is_prompt_or_label(examples: list[Example], multiple: int, 
     assert torch.equal(prompt | labelled, attended)
     assert not (prompt & labelled).any()
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+    everywhere = Collator(0, pad_to_multiple_of=multiple, seed=seed, score_prompts=True)(examples)
+    assert torch.equal(everywhere["labels"] != IGNORED, attended)
+    assert torch.equal(everywhere["prompt_mask"], prompt)
     assert (batch["input_ids"][~attended] == 0).all()
     assert attended.sum(1).tolist() == [len(example.input_ids) for example in examples]
     assert (attended.long().diff(dim=1) <= 0).all()  # padding on the right

@@ -177,6 +177,32 @@ def test_skip_paths_are_tuned_and_saved(tmp_path):
         assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
 
 
+def test_routers_learn_in_their_share_of_the_steps_and_paths_in_all(tmp_path):
+    """Behind the joint steps routers stay, and what skips does not run; the loss counts prompts where asked to."""
+    recipe = dataclasses.replace(LINEAR, joint=0.5, score="all", save_steps=1)
+    model, kinds, moved = tiny(), [], []
+
+    def look(stage, done, total, figures):
+        if stage == "tune":
+            routing = routing_of(model)
+            kinds.append(routing.learns)
+            parts = (routing.routers(), routing.paths())
+            moved.append([{str(s): [p.clone() for p in m.parameters()] for s, m in part.items()} for part in parts])
+
+    tune(model, Tokenizer(), examples(), recipe, out=tmp_path, budget=0.5, progress=look)
+    assert kinds == [True] * 6 + [False] * 6
+    assert routing_of(model).learns  # as before
+    flat = [[torch.cat([p.flatten() for m in part.values() for p in m]) for part in step] for step in moved]
+    assert not torch.equal(flat[0][0], flat[5][0])
+    assert torch.equal(flat[5][0], flat[11][0])
+    assert not torch.equal(flat[5][1], flat[11][1])
+
+
+def test_without_skip_paths_there_is_nothing_left_to_learn(tmp_path):
+    with pytest.raises(ConfigError, match=r"joint: 0.5 leaves nothing to learn without skip paths: set it to 1\."):
+        tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, joint=0.5), out=tmp_path)
+
+
 def test_every_step_has_one_of_the_budgets():
     controller = QuantileController(attach(tiny(), RECIPE.config()), [0.25, 0.5, 1.0], seed=3)
     keeps = [controller.keep_at(step) for step in range(60)]
@@ -240,11 +266,16 @@ def test_gradient_accumulation_gives_one_trajectory(tmp_path, objective):
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
 
 
-def test_kl_is_that_of_the_definition():
-    teacher, student = torch.randn(5, 7), torch.randn(5, 7)
+@pytest.mark.parametrize("rows", [5, 300])
+def test_kl_and_its_gradient_are_those_of_the_definition(rows):
+    teacher, student = torch.randn(rows, 7), torch.randn(rows, 7, requires_grad=True)
     p, q = teacher.softmax(-1), student.softmax(-1)
-    torch.testing.assert_close(kl_sum(teacher, student), (p * (p / q).log()).sum())
-    assert float(kl_sum(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+    wanted = (p * (p / q).log()).sum()
+    found = kl_sum(teacher, student)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(3 * loss, student)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert float(kl_sum(teacher, teacher)) == pytest.approx(0, abs=1e-5)
 
 
 def test_kl_loss_is_zero_where_everything_executes():

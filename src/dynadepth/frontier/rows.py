@@ -25,7 +25,7 @@ class Row:
 
 
 DEFAULT = Tuned("default")
-IDENTITY = {"method": {"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"}}
+IDENTITY = {"method": {"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"}, "joint": 1.0}
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
     Row("static", "skips the sublayers with the lowest 1 − cosine, the same for every input", Static("cosine")),

@@ -64,7 +64,8 @@ class Workbench:
     def examples(self, row: str, recipe: Recipe) -> list[Example]:
         """The method's tuning data, read or written once."""
         source = self.source(row, recipe)
-        key = (source, recipe.max_samples, recipe.max_length, recipe.shuffle, recipe.answer_tokens)
+        written = (recipe.answer_tokens, recipe.passages, recipe.passage_tokens)
+        key = (source, recipe.max_samples, recipe.max_length, recipe.shuffle, written)
         if key not in self._examples:
             try:
                 self._examples[key] = examples_for(

@@ -30,7 +30,7 @@ class ForwardContext:
 
     `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may
     see. `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from
-    outside; sites not named execute. `masked`: run every unit and select (training); else run the executing units
+    outside; sites not named execute. `masked`: run every unit and select (routers learn); else run the executing units
     alone. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run). `after_norm[site]` finishes a site behind its post-norm.
@@ -53,6 +53,7 @@ class ForwardContext:
     after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)
     unpadded: bool = False
     _reality: Reality | None = None
+    _length: Tensor | None = None
 
     def given(self, site: Site) -> Injection | None:
         """The decision injected for a site, None where its router decides."""
@@ -62,6 +63,12 @@ class ForwardContext:
     def past(self) -> int:
         """Tokens before this forward."""
         return self.cache.seen if self.cache is not None else 0
+
+    def length(self, hidden: Tensor) -> Tensor:
+        """How many tokens a row of this forward has, float32 `[1]` on the device of `hidden`."""
+        if self._length is None or self._length.device != hidden.device:
+            self._length = torch.tensor([hidden.shape[1]], dtype=torch.float32, device=hidden.device)
+        return self._length
 
     # ---- what skip paths stream
 

@@ -159,8 +159,9 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     # A mixture's own loss wants the choice of experts of every token: then every token runs.
     experts = kwargs.get("output_router_logits")
     experts = getattr(text_config, "output_router_logits", False) if experts is None else experts
-    masked = cache_ is None and (model.training or bool(experts and routing.target.runs_mlp))
-    if masked:
+    training = cache_ is None and model.training
+    masked = (training and routing.learns) or (cache_ is None and bool(experts and routing.target.runs_mlp))
+    if training or masked:
         kwargs["use_cache"] = False
     elif cache_ is None and (getattr(text_config, "use_cache", False) if use_cache is None else use_cache):
         cache_ = DynamicCache(config=text_config)

@@ -52,6 +52,8 @@ class Granularity(ABC):
                     "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: "
                     "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
+            if hidden.requires_grad and not context.grad:
+                hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
             decision = state.router.decide(self.pool(hidden, context), with_gate=context.masked and context.grad)
         context.trace.record(state.site, decision)
         return decision
@@ -90,7 +92,7 @@ class PerSequence(Granularity):
             )
         if mask is None:
             total = hidden.sum(1) if hidden.dtype == torch.bfloat16 else hidden.float().sum(1)
-            return total.float() / hidden.shape[1]
+            return total / context.length(hidden)  # float32 by promotion
         # Not multiplied by the mask: what padding computes may be nan.
         total = hidden.to(torch.float32, copy=True).masked_fill_(~mask.unsqueeze(-1), 0).sum(1)
         return total / mask.sum(1, keepdim=True).clamp(min=1)

@@ -56,7 +56,9 @@ class SublayerState:
     def known(self, context: ForwardContext) -> Injection | None:
         """The decision that needs no router: injected, or constant; None where the router must be asked."""
         given = context.given(self.site)
-        return self.router.constant if given is None else given
+        if given is not None:
+            return given
+        return self.router.constant if self.router.asked or context.masked else True
 
     # ---- the form of the module's output
 

@@ -46,8 +46,16 @@ class Collator:
     the row's own ids and `seed` alone: it stays the same in every epoch and in any batch.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | int, *, pad_to_multiple_of: int = 8, seed: int = 0) -> None:
-        """`tokenizer`: for its pad token, or the id itself."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | int,
+        *,
+        pad_to_multiple_of: int = 8,
+        seed: int = 0,
+        score_prompts: bool = False,
+    ) -> None:
+        """`tokenizer`: for its pad token, or the id itself. `score_prompts`: prompts have labels, too."""
+        self.score_prompts = score_prompts
         self.pad_token_id = tokenizer if isinstance(tokenizer, int) else pad_token_id(tokenizer)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seed = seed
@@ -55,7 +63,7 @@ class Collator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (int64) and `prompt_mask` (bool), each `[B, T]`.
 
-        Every attended token is either in `prompt_mask` or has its own id as label; all other labels are -100.
+        Attended tokens have their own id as label, those in `prompt_mask` only with `score_prompts`; others have -100.
         """
         lengths = torch.tensor([[len(example.input_ids)] for example in examples])
         prompts = torch.tensor([[example.prompt_length] for example in examples])
@@ -66,7 +74,8 @@ class Collator:
         input_ids[attended] = torch.tensor([token for example in examples for token in example.input_ids])
         prefix = content_prefix(input_ids, attended, self.seed)
         prompt_mask = torch.where(prompts == 0, prefix, column < prompts)
-        labels = input_ids.masked_fill(prompt_mask | ~attended, IGNORED)
+        unscored = ~attended if self.score_prompts else prompt_mask | ~attended
+        labels = input_ids.masked_fill(unscored, IGNORED)
         return {
             "input_ids": input_ids,
             "attention_mask": attended.long(),

@@ -45,12 +45,31 @@ def drawn_columns(model: nn.Module, labels: Tensor, share: float) -> Tensor | No
     return scored[torch.randperm(len(scored))[:count].to(scored.device)].sort().values
 
 
+class _KL(torch.autograd.Function):
+    """Σ KL(teacher‖student) over rows; what its gradient needs is kept in the logits' own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
+        total = student.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(student)  # softmax(student) - softmax(teacher)
+        parts = (teacher.split(CHUNK), student.split(CHUNK), gradient.split(CHUNK))
+        for t, s, g in zip(*parts, strict=True):
+            t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
+            p = t.exp()
+            total += (p * t.sub_(s)).sum()
+            g.copy_(s.exp_().sub_(p))
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * outer
+
+
 def kl_sum(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ KL(teacher‖student) over rows of logits `[N, V]`, in nats, float32."""
-    total = student.new_zeros((), dtype=torch.float32)
-    for t, s in zip(teacher.split(CHUNK), student.split(CHUNK), strict=True):
-        t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
-        total = total + (t.exp() * (t - s)).sum()
+    """Σ KL(teacher‖student) over rows of logits `[N, V]`, in nats, float32; differentiable in `student`."""
+    total: Tensor = _KL.apply(teacher, student)
     return total
 
 

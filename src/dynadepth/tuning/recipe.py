@@ -42,7 +42,7 @@ class Recipe:
     answer_tokens: int = 96
     """Length of the answers the model writes with `data: self`."""
     passages: float = 0.25
-    """Share of the samples that are plain text with `data: self`, which the model writes from a word or two on."""
+    """Share of the samples that are plain text with `data: self`, which the model writes under a heading."""
     passage_tokens: int | None = None
     """Length of those; None: as long as the answers."""
     learning_rate: float = 1e-3
@@ -52,8 +52,13 @@ class Recipe:
     """For linear skip paths, which start from their closed-form fit."""
     budgets: tuple[float, ...] = field(default=())
     """Budgets of which every step draws one, so that one set of routers serves them all; none: the budget asked for."""
+    joint: float = 1.0
+    """Share of the steps, the first ones, in which routers learn. It takes running every unit both ways; in the other
+    steps skip paths learn alone, and only what executes runs."""
+    score: str = "answers"
+    """Tokens that the loss counts: `answers`, or `all`, the prompts' too."""
     kl_share: float = 1.0
-    """Share of the answer's tokens at which `objective: kl` compares distributions, drawn anew every step."""
+    """Share of the scored tokens at which `objective: kl` compares distributions, drawn anew every step."""
     lr_scheduler: str = "cosine"
     warmup: float = 0.03
     """Share of the steps."""
@@ -75,6 +80,7 @@ class Recipe:
             ("objective", ("ce", "kl")),
             ("init", ("zeros", "importance")),
             ("controller", ("none", "quantile")),
+            ("score", ("answers", "all")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
@@ -88,8 +94,9 @@ class Recipe:
                 raise ConfigError(f"budgets must be numbers above 0 and at most 1, not {budget!r}.")
         if self.budgets and self.controller != "quantile":
             raise ConfigError("budgets are met by thresholds that follow the logits: set controller to quantile.")
-        if not 0 <= self.passages <= 1:
-            raise ConfigError(f"passages must be a share between 0 and 1, not {self.passages}.")
+        for name in ("passages", "joint"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}.")
         if self.passage_tokens is not None and self.passage_tokens < 1:
             raise ConfigError(f"passage_tokens must be at least 1, not {self.passage_tokens}.")
         if not 0 < self.holdout < 1:

@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], object]
 """Called with the number of texts that are done and the number of all."""
 
-_OPENINGS = (
-    "The", "In the", "A", "It was", "On", "When", "According to", "There are", "After the", "He", "She", "They", "We",
-    "I", "This", "As", "For", "At the", "By", "From", "One of the", "Many", "Although", "During", "Most", "If", "To",
-    "With", "Since", "While", "However,", "Between", "Early", "Under", "People", "Another", "New", "Before", "Our",
-    "Because of",
-)  # fmt: skip
-"""How plain passages start: words that lead anywhere."""
-
 
 def self_prompts() -> list[dict[str, str]]:
     """The prompts that ship with the package, each with `id`, `domain` and `prompt`."""
@@ -54,7 +46,7 @@ def self_examples(
     max_new_tokens: int = 128,
     seed: int = 0,
     temperature: float = 0.8,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> list[Example]:
@@ -82,18 +74,18 @@ def plain_passages(
     n: int = 64,
     max_new_tokens: int = 128,
     seed: int = 0,
-    temperature: float = 0.8,
-    batch_size: int = 64,
+    temperature: float = 1.0,
+    batch_size: int = 128,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> list[Example]:
-    """`n` plain texts (`prompt_length` 0) as the dense model writes them: it goes on from a word or two.
+    """`n` plain texts (`prompt_length` 0) as the dense model writes them: a prompt of `self_prompts` stands above each
+    as its heading, without a chat's frame, so that they are about as many things.
 
-    Arguments, caching and errors are those of `self_examples`.
+    Arguments, caching and errors are those of `self_examples`; at temperature 1 the texts are as varied as the model.
     """
-    rng = random.Random(seed)
-    order = [opening for _ in range(-(-n // len(_OPENINGS))) for opening in rng.sample(_OPENINGS, len(_OPENINGS))]
-    jobs = [_Job(f"passage {i}", list(tokenizer(text)["input_ids"])) for i, text in enumerate(order[:n])]
+    prompts = _balanced(self_prompts(), n, random.Random(f"passages {seed}"))
+    jobs = [_Job(f"passage {key}", list(tokenizer(text + "\n\n")["input_ids"])) for key, text in prompts]
     texts = _continue(model, tokenizer, jobs, max_new_tokens, seed, temperature, batch_size, progress, cache_dir)
     return [Example(job.prompt + text, 0) for job, text in zip(jobs, texts, strict=True)]
 

@@ -105,7 +105,8 @@ class RouterTrainer(Trainer):
         """Remembers the hard keep ratio of a training batch."""
         executed = [d.execute[trace.token_mask] if d.execute.dim() == 2 and trace.token_mask is not None else d.execute
                     for d in trace.decisions.values()]  # fmt: skip
-        self.keeps.append(float(torch.cat([e.flatten() for e in executed]).float().mean()))
+        if executed:  # constant routers decide nothing
+            self.keeps.append(float(torch.cat([e.flatten() for e in executed]).float().mean()))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -128,6 +129,17 @@ class RouterTrainer(Trainer):
         from dynadepth import adapter
 
         routing_of(self.model).load_tensors(adapter.read(Path(resume_from_checkpoint))[1])
+
+
+class _Phases(TrainerCallback):
+    """Routers learn in the recipe's first share of steps; then they are frozen and skip paths learn alone."""
+
+    def __init__(self, model: nn.Module, joint: float) -> None:
+        self.routers, self.joint = list(routing_of(model).routers().values()), joint
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for router in self.routers:
+            router.requires_grad_(state.global_step < round(self.joint * state.max_steps))
 
 
 class _Report(TrainerCallback):
@@ -188,6 +200,8 @@ def tune(
         routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
         pad = pad_token_id(tokenizer)
         collator = Collator(pad, seed=seed)
+        if recipe.joint < 1 and not routing.paths():
+            raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths: set it to 1.")
         prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
         held_batches = budgets.prompts_to_batches(prompts, pad)
         # Whole texts: short prompts put attentions that copy from the context early in the order.
@@ -203,7 +217,8 @@ def tune(
     start = _snapshot(model)
     keep_before, kl_before = evaluate(model, heldout, collator)
 
-    trainer = _trainer(model, training, collator, recipe, out, keep, seed, progress)
+    scoring = Collator(pad, seed=seed, score_prompts=recipe.score == "all")
+    trainer = _trainer(model, training, scoring, recipe, out, keep, seed, progress)
     checkpoint = _resumable(out, routing.provenance) if resume else None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -211,6 +226,9 @@ def tune(
         routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
         save(model, out)
         raise
+    finally:
+        for router in routing.routers().values():
+            router.requires_grad_(True)
     model.eval()
     if recipe.calibrate:
         keeps = sorted({*budgets.KEEPS, round(keep, 4)})
@@ -362,7 +380,7 @@ def _trainer(
         args=args,
         train_dataset=training,
         data_collator=collator,
-        callbacks=[*controllers, report],
+        callbacks=[_Phases(model, recipe.joint), *controllers, report],
         recipe=recipe,
     )
     report.trainer = trainer
