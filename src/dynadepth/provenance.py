@@ -88,6 +88,8 @@ def _command_line() -> list[str]:
 
 
 def _version(package: str) -> str | None:
+    if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
+        return str(loaded)  # names the build, too, where the metadata may not
     try:
         return version(package)
     except PackageNotFoundError:

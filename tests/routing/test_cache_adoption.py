@@ -41,6 +41,13 @@ def test_a_dense_forward_may_fill_an_emptied_cache(family: str, granularity: str
     torch.testing.assert_close(torch.cat(steps, 1), dense, atol=1e-4, rtol=1e-4)
 
 
+streams = pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="torch was built for a GPU that is not here",
+)
+
+
+@streams
 def test_flags_of_the_callers_cache_survive() -> None:
     model, cache = routed("gemma3"), DynamicCache(config=routed("gemma3").config, offloading=True)
     cache.activate_past_recording()
@@ -52,6 +59,7 @@ def test_flags_of_the_callers_cache_survive() -> None:
     assert [getattr(layer, "record_past", None) for layer in cache.layers] == [True, None, True, None]
 
 
+@streams
 def test_offloaded_layers_come_back_although_the_layer_before_was_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without a GPU nothing moves; what is seen is that the layer is asked to come back before its keys are extended.
     class Stream:

@@ -198,6 +198,12 @@ def test_routers_learn_in_their_share_of_the_steps_and_paths_in_all(tmp_path):
     assert not torch.equal(flat[5][1], flat[11][1])
 
 
+def test_a_step_in_which_everything_executes_teaches_nothing(tmp_path):
+    recipe = dataclasses.replace(LINEAR, joint=0.0, budgets=())
+    result = tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path, budget=1.0)
+    assert result.losses == pytest.approx([0.0] * 12, abs=1e-6)
+
+
 def test_without_skip_paths_there_is_nothing_left_to_learn(tmp_path):
     with pytest.raises(ConfigError, match=r"joint: 0.5 leaves nothing to learn without skip paths: set it to 1\."):
         tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, joint=0.5), out=tmp_path)

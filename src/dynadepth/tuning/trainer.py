@@ -83,6 +83,8 @@ class RouterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss, outputs = OBJECTIVES[self.recipe.objective](self.model, inputs, num_items_in_batch, self.recipe.kl_share)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            loss.requires_grad_()  # frozen routers let everything execute: nothing to learn in this step
         self.note_keep(outputs.depth_trace)
         return (loss, outputs) if return_outputs else loss
 
