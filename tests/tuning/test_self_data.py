@@ -30,7 +30,7 @@ from dynadepth.tuning import Recipe, examples_for, sampling, self_data
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.formats import encode_chat
 from dynadepth.tuning.sampling import _draw, sample
-from dynadepth.tuning.self_data import fingerprint, plain_passages, self_examples, self_prompts
+from dynadepth.tuning.self_data import fingerprint, plain_passages, self_examples, self_prompts, shipped_passages
 
 WORDS = ["<pad>", "</s>", "<unk>", "user", "assistant", ":", *(f"w{i}" for i in range(58))]
 PROMPTS = [
@@ -278,26 +278,38 @@ def test_routing_and_dropout_are_off(model: LlamaForCausalLM, tokenizer: PreTrai
     assert fingerprint(model) == mark  # routers are no part of it
 
 
-def test_plain_passages(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    passages = plain_passages(model, tokenizer, n=50, max_new_tokens=6, batch_size=20)
+def test_passages_that_ship() -> None:
+    rows = shipped_passages()
+    assert len(rows) >= 300
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == len(rows)
+    assert min(len(row["text"].split()) for row in rows) > 200
+    assert len({row["kind"] for row in rows}) >= 5
+
+
+def test_plain_passages(tokenizer: PreTrainedTokenizerFast) -> None:
+    passages = plain_passages(tokenizer, n=50, max_length=60)
     assert len(passages) == 50
-    assert all(passage.prompt_length == 0 for passage in passages)
-    assert len({tuple(passage.input_ids) for passage in passages}) > 40
-    assert passages == plain_passages(model, tokenizer, n=50, max_new_tokens=6, batch_size=20)
+    assert all(passage.prompt_length == 0 and len(passage.input_ids) <= 60 for passage in passages)
+    assert passages == plain_passages(tokenizer, n=50, max_length=60)
+    orders = [[len(p.input_ids) for p in plain_passages(tokenizer, n=50, max_length=999, seed=s)] for s in (0, 1)]
+    assert orders[0] != orders[1]
+    assert len(plain_passages(tokenizer, n=10_000)) == len(shipped_passages())
+    with pytest.raises(ConfigError, match="n=0 and max_length=512 must be at least 1"):
+        plain_passages(tokenizer, n=0)
 
 
 @pytest.mark.parametrize(("passages", "plain"), [(0.0, 0), (0.25, 3), (0.5, 6), (1.0, 12)])
 def test_a_recipes_mix(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, passages: float, plain: int
 ) -> None:
-    recipe = Recipe("mix", "test", {"method": "mindskip"}, answer_tokens=5, passages=passages, passage_tokens=9)
+    recipe = Recipe("mix", "test", {"method": "mindskip"}, answer_tokens=5, passages=passages, max_length=9)
     examples = examples_for("self", model, tokenizer, recipe, max_samples=12)
     is_plain = [example.prompt_length == 0 for example in examples]
     assert len(examples) == 12
     assert sum(is_plain) == plain
     assert abs(sum(is_plain[:6]) - plain / 2) <= 0.5  # as many in either half
     assert all(len(e.input_ids) - e.prompt_length <= 5 for e in examples if e.prompt_length)
-    assert any(len(e.input_ids) > 5 + 2 for e in examples if not e.prompt_length) == (plain > 0)
+    assert all(len(e.input_ids) <= 9 for e in examples if not e.prompt_length)
 
 
 @pytest.mark.parametrize("option", [{"n": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": 0.0}])

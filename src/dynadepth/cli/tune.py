@@ -22,7 +22,7 @@ def tune(
         typer.Option(
             "--data",
             metavar="FILE|NAME|self",
-            help="JSON Lines, a `datasets` name, or `self`: the model writes its own. (default: the recipe's)",
+            help="JSON Lines, a `datasets` name, or `self`: needs no data. (default: the recipe's)",
         ),
     ] = None,
     recipe: Annotated[
@@ -79,7 +79,7 @@ def tune(
         from dynadepth.tuning import tune as tune_routers
 
         source = data or settings.data
-        with progress(f"reading {source}" if source != "self" else "the model writes its own tuning data") as tell:
+        with progress(f"reading {source}" if source != "self" else "the model answers prompts to tune on") as tell:
             examples = examples_for(
                 source,
                 loaded,
@@ -88,7 +88,7 @@ def tune(
                 max_samples=max_samples,
                 seed=seed,
                 cache_dir=out_dir / "self-data",
-                progress=lambda done, total: tell(f"the model writes its own tuning data: {done} of {total}"),
+                progress=lambda done, total: tell(f"the model answers prompts to tune on: {done} of {total}"),
             )
         with progress(f"tuning routers on {len(examples)} samples") as tell:
             result = tune_routers(

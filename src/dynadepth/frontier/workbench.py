@@ -64,7 +64,7 @@ class Workbench:
     def examples(self, row: str, recipe: Recipe) -> list[Example]:
         """The method's tuning data, read or written once."""
         source = self.source(row, recipe)
-        written = (recipe.answer_tokens, recipe.passages, recipe.passage_tokens)
+        written = (recipe.answer_tokens, recipe.passages)
         key = (source, recipe.max_samples, recipe.max_length, recipe.shuffle, written)
         if key not in self._examples:
             try:
@@ -76,7 +76,7 @@ class Workbench:
                     max_samples=self.settings.max_samples,
                     seed=self.settings.seed,
                     cache_dir=self.out / "self-data",
-                    progress=lambda done, total: self.tell(f"the model writes its own data: {done} of {total}"),
+                    progress=lambda done, total: self.tell(f"the model answers prompts to tune on: {done} of {total}"),
                 )
             except DataError as error:
                 raise DataError(

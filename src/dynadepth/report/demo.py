@@ -88,7 +88,7 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
         hub.resolve(settings.model)
         tokenizer = hub.load_tokenizer(settings.model)
         model = hub.load_model(settings.model, device="cuda" if torch.cuda.is_available() else None)
-    with teller.telling("The model writes its own tuning data") as detail:
+    with teller.telling("The model answers prompts to tune on") as detail:
         recipe = load_recipe(settings.recipe)
         examples = examples_for(
             "self",

@@ -39,8 +39,8 @@ def examples_for(
 ) -> list[Example]:
     """The recipe's number of examples from a file, a `datasets` name, or (`self`) from the dense model itself.
 
-    With `self`, some are the model's answers to prompts and the recipe's share of `passages` is plain text that it
-    writes, evenly among them: what is tuned on them also holds for longer text without a chat's frame.
+    With `self`, the recipe's share of `passages` ships with the package, as many as there are, and the rest are the
+    model's own answers to prompts, evenly among them.
     """
     count = recipe.max_samples if max_samples is None else max_samples
     if str(source) != "self":
@@ -48,22 +48,18 @@ def examples_for(
             source, tokenizer, max_samples=count, max_length=recipe.max_length, seed=seed, shuffle=recipe.shuffle
         )
     n_plain = round(recipe.passages * count)
-
-    def write(maker: Callable[..., list[Example]], n: int, before: int, length: int) -> list[Example]:
-        if not n:
-            return []
-        return maker(
+    plain = plain_passages(tokenizer, n=n_plain, max_length=recipe.max_length, seed=seed) if n_plain else []
+    answers: list[Example] = []
+    if len(plain) < count:
+        answers = self_examples(
             model,
             tokenizer,
-            n=n,
-            max_new_tokens=length,
+            n=count - len(plain),
+            max_new_tokens=recipe.answer_tokens,
             seed=seed,
-            progress=None if progress is None else lambda done, _: progress(before + done, count),
+            progress=progress,
             cache_dir=cache_dir,
         )
-
-    answers = write(self_examples, count - n_plain, 0, recipe.answer_tokens)
-    passages = write(plain_passages, n_plain, len(answers), recipe.passage_tokens or recipe.answer_tokens)
     # in every part of the list as many of each as in the whole
-    placed = [((i + 0.5) / len(part), e) for part in (answers, passages) for i, e in enumerate(part)]
+    placed = [((i + 0.5) / len(part), e) for part in (answers, plain) for i, e in enumerate(part)]
     return [example for _, example in sorted(placed, key=lambda pair: pair[0])]

@@ -42,9 +42,7 @@ class Recipe:
     answer_tokens: int = 96
     """Length of the answers the model writes with `data: self`."""
     passages: float = 0.25
-    """Share of the samples that are plain text with `data: self`, which the model writes under a heading."""
-    passage_tokens: int | None = None
-    """Length of those; None: as long as the answers."""
+    """Share of the samples that are plain text with `data: self`: passages that ship with the package."""
     learning_rate: float = 1e-3
     bias_learning_rate: float | None = None
     """For router biases; None: the same."""
@@ -97,8 +95,6 @@ class Recipe:
         for name in ("passages", "joint"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}.")
-        if self.passage_tokens is not None and self.passage_tokens < 1:
-            raise ConfigError(f"passage_tokens must be at least 1, not {self.passage_tokens}.")
         if not 0 < self.holdout < 1:
             raise ConfigError(f"holdout must be between 0 and 1, not {self.holdout}.")
 
@@ -150,7 +146,6 @@ def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """A recipe from its settings, each checked for name and type."""
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     types = {"int": int, "float": (int, float), "str": str, "bool": bool, "float | None": (int, float, type(None)),
-             "int | None": (int, type(None)),
              "dict[str, Any]": dict, "tuple[str, ...]": (list, tuple),
              "tuple[float, ...]": (list, tuple)}  # fmt: skip
     for key, value in data.items():

@@ -1,8 +1,8 @@
-"""A tuning set that needs no data: the dense model answers prompts that ship with the package.
+"""A tuning set that needs no data: the dense model answers prompts that ship with the package, and passages ship, too.
 
-Routers tuned on it keep the model's own distribution where the model itself goes. Every random number belongs to one
-prompt and one step, so a text depends on its neighbours in the batch, and on other users of torch's generators, not
-at all (but for the rounding of a padded batch).
+Routers tuned on it keep the model's own distribution where the model itself goes, and on text as others write it. Every
+random number belongs to one prompt and one step, so an answer depends on its neighbours in the batch, and on other
+users of torch's generators, not at all (but for the rounding of a padded batch).
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ Progress = Callable[[int, int], object]
 
 def self_prompts() -> list[dict[str, str]]:
     """The prompts that ship with the package, each with `id`, `domain` and `prompt`."""
-    text = (files("dynadepth.tuning") / "self_prompts.jsonl").read_text(encoding="utf-8")
+    return _lines("self_prompts.jsonl")
+
+
+def _lines(name: str) -> list[dict[str, str]]:
+    text = (files("dynadepth.tuning") / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line]
 
 
@@ -67,27 +71,24 @@ def self_examples(
     return [Example(job.prompt + text, len(job.prompt)) for job, text in zip(jobs, texts, strict=True)]
 
 
-def plain_passages(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    n: int = 64,
-    max_new_tokens: int = 128,
-    seed: int = 0,
-    temperature: float = 1.0,
-    batch_size: int = 128,
-    progress: Progress | None = None,
-    cache_dir: Path | None = None,
-) -> list[Example]:
-    """`n` plain texts (`prompt_length` 0) as the dense model writes them: a prompt of `self_prompts` stands above each
-    as its heading, without a chat's frame, so that they are about as many things.
+def shipped_passages() -> list[dict[str, str]]:
+    """The plain texts that ship with the package, written for it, each with `id`, `kind` and `text`."""
+    return _lines("passages.jsonl")
 
-    Arguments, caching and errors are those of `self_examples`; at temperature 1 the texts are as varied as the model.
+
+def plain_passages(
+    tokenizer: PreTrainedTokenizerBase, *, n: int = 64, max_length: int = 512, seed: int = 0
+) -> list[Example]:
+    """At most `n` of `shipped_passages`, cut at `max_length` tokens, as plain text (`prompt_length` 0).
+
+    Kinds take turns in an order that `seed` decides. A text that the model would not have written itself shows routers
+    and skip paths what it is seldom asked for: unusual names, figures, old spelling.
     """
-    prompts = _balanced(self_prompts(), n, random.Random(f"passages {seed}"))
-    jobs = [_Job(f"passage {key}", list(tokenizer(text + "\n\n")["input_ids"])) for key, text in prompts]
-    texts = _continue(model, tokenizer, jobs, max_new_tokens, seed, temperature, batch_size, progress, cache_dir)
-    return [Example(job.prompt + text, 0) for job, text in zip(jobs, texts, strict=True)]
+    if min(n, max_length) < 1:
+        raise ConfigError(f"n={n} and max_length={max_length} must be at least 1.")
+    rows = [{"id": row["id"], "domain": row["kind"], "prompt": row["text"]} for row in shipped_passages()]
+    chosen = _balanced(rows, min(n, len(rows)), random.Random(f"passages {seed}"))
+    return [Example(list(tokenizer(text)["input_ids"])[:max_length], 0) for _, text in chosen]
 
 
 def _balanced(rows: Sequence[dict[str, str]], n: int, rng: random.Random) -> list[tuple[str, str]]:
