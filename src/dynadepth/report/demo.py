@@ -47,8 +47,8 @@ class Settings:
     recipe: str = "default"
     budget: float = 0.75
     seed: int = 0
-    max_samples: int | None = 220
-    """Tuning samples, None: the recipe's. Half of the default recipe's keep the story within ten minutes."""
+    max_samples: int | None = 150
+    """Tuning samples, None: the recipe's. A third of the default recipe's keep the story within ten minutes."""
     windows: int = 6
     """Of 1,024 tokens, for perplexity."""
     questions: int | None = None
