@@ -65,8 +65,5 @@ class LinearRouter(AbstractRouter):
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.bias is None:
-            return hidden @ self.weight
-        if hidden.dim() == 2:  # one kernel instead of two
-            return torch.addmv(self.bias, hidden, self.weight)
-        return hidden @ self.weight + self.bias
+        logits = hidden @ self.weight
+        return logits if self.bias is None else logits + self.bias

@@ -53,7 +53,6 @@ class ForwardContext:
     after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)
     unpadded: bool = False
     _reality: Reality | None = None
-    _length: Tensor | None = None
 
     def given(self, site: Site) -> Injection | None:
         """The decision injected for a site, None where its router decides."""
@@ -63,12 +62,6 @@ class ForwardContext:
     def past(self) -> int:
         """Tokens before this forward."""
         return self.cache.seen if self.cache is not None else 0
-
-    def length(self, hidden: Tensor) -> Tensor:
-        """How many tokens a row of this forward has, float32 `[1]` on the device of `hidden`."""
-        if self._length is None or self._length.device != hidden.device:
-            self._length = torch.tensor([hidden.shape[1]], dtype=torch.float32, device=hidden.device)
-        return self._length
 
     # ---- what skip paths stream
 
