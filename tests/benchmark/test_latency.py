@@ -115,6 +115,18 @@ def test_execute_all_runs_every_site_and_leaves_the_model_alone():
     assert record.keep_ratio().routed == 1.0
 
 
+def test_execute_all_asks_the_routers_at_a_budget_of_one_too():
+    model, asked = routed(skip={0: True}), []
+    dynadepth.set_budget(model, attention=1.0)
+    copy = execute_all_copy(model)
+    routers = dynadepth.routing_of(copy).routers().values()
+    for router in routers:
+        router.register_forward_pre_hook(lambda router, _: asked.append(router))
+    with torch.no_grad():
+        copy(ids(1, 9))
+    assert len(asked) == len(routers)
+
+
 def test_static_routes_and_models_without_routers():
     static = dynadepth.attach(tiny("llama"), StaticConfig(skip=(1, 2)))
     cells = cells_of(static, variants=["routed"])
