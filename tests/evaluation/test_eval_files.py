@@ -7,11 +7,24 @@ import zlib
 import pytest
 
 from dynadepth.errors import DataError
-from dynadepth.evaluation.files import read_rows, read_text, stem
+from dynadepth.evaluation.files import read_rows, read_text, stem, with_window
 
 
 def test_stem_drops_both_suffixes():
     assert [stem("a/arc_easy.jsonl.gz"), stem("b.jsonl"), stem("c.txt")] == ["arc_easy", "b", "c.txt"]
+
+
+def test_a_window_may_follow_the_name_of_a_text(tmp_path):
+    odd = tmp_path / "odd@64"
+    odd.write_text("It is called so.")
+    (tmp_path / "book.txt").write_text("Once upon a time.")
+    assert with_window(tmp_path / "book.txt@4096") == (tmp_path / "book.txt", 4096)
+    assert with_window(tmp_path / "book.txt") == (tmp_path / "book.txt", None)
+    assert with_window(odd) == (odd, None)
+    assert read_text(tmp_path / "book.txt@64") == "Once upon a time."
+    assert read_text(odd) == "It is called so."
+    with pytest.raises(DataError, match=r"no file .*book\.text\."):
+        read_text(tmp_path / "book.text@64")
 
 
 def test_rows_come_in_order_and_blank_lines_do_not_count(tmp_path):

@@ -33,6 +33,22 @@ def test_windows_follow_one_another_and_the_rest_is_left(tokenizer):
     assert tokenizer.decode(windows.flatten()) == TEXT[: windows.numel()]
 
 
+def test_the_first_windows_of_a_long_text_do_not_take_reading_all_of_it(tokenizer, monkeypatch):
+    text = "A line of a long book, and then another one.\n" * 400
+    whole, _ = cut(tokenizer, text, 64, 16)
+    read = []
+
+    def counting(piece, **options):
+        read.append(len(piece))
+        return tokenizer(piece, **options)
+
+    first, _ = cut(counting, text, 64, 16, max_windows=3)
+    assert torch.equal(first, whole[:3])
+    assert max(read) < len(text) / 4
+    monkeypatch.setitem(cut.__globals__, "CHARACTERS", 0.2)  # too few at first: more is read
+    assert torch.equal(cut(tokenizer, text, 64, 16, max_windows=9)[0], whole[:9])
+
+
 def test_special_tokens_start_every_window(bos_tokenizer):
     windows, _ = cut(bos_tokenizer, TEXT, 64, 16)
     assert (windows[:, 0] == BOS).all()

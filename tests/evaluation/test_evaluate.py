@@ -7,7 +7,7 @@ from eval_models import route_by_content
 
 from dynadepth import StaticConfig, attach, disabled, recording
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.evaluation import evaluate, paired_bootstrap
+from dynadepth.evaluation import evaluate, paired_bootstrap, perplexity
 from dynadepth.evaluation.lm_eval import DynadepthLM
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
 
@@ -60,6 +60,16 @@ def test_everything_at_once(routed, tokenizer, folder):
     assert found["kv_share"] == pytest.approx(found["keep_ratio"]["all"])
     assert f"{text}: 2 of 2 windows" in lines
     assert any(line.startswith("arc_easy, sums: ") for line in lines)
+
+
+def test_the_last_quarter_of_windows_of_the_length_in_a_texts_name_is_scored(routed, tokenizer, folder):
+    text = f"{folder / 'text.txt'}@256"
+    found = evaluate(routed, tokenizer, perplexity=[text], max_windows=3)["perplexity"][text]
+    by_hand = perplexity(routed, tokenizer, (folder / "text.txt").read_text(), window=256, prompt=192, max_windows=3)
+    assert found == by_hand.as_dict()
+    assert found["n_tokens"] == 3 * 64
+    with pytest.raises(ConfigError, match="windows of 4 tokens are too short"):
+        evaluate(routed, tokenizer, perplexity=[f"{folder / 'text.txt'}@4"])
 
 
 def test_the_dense_block_is_the_bare_model(llama, tokenizer, folder):

@@ -28,10 +28,16 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Score the first N rows of a task.")] = None,
     perplexity: Annotated[
-        list[str] | None, typer.Option("--perplexity", metavar="FILE", help="Text to be scored; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--perplexity",
+            metavar="FILE",
+            help="Text to be scored, in windows of 1,024 tokens; may be repeated. "
+            "book.txt@4096: the last quarter of windows of 4,096.",
+        ),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option("--max-windows", metavar="N", help="First windows of 1,024 tokens of each text.")
+        int | None, typer.Option("--max-windows", metavar="N", help="First windows of each text. (default: all)")
     ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Score the dense model beside it, on the same rows and tokens.")

@@ -35,7 +35,7 @@ def frontier(
         ),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option("--max-windows", metavar="N", help="First windows of 1,024 tokens of each text.")
+        int | None, typer.Option("--max-windows", metavar="N", help="First windows of each text. (default: all)")
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", metavar="A,B", help="As for `dynadepth eval`. (default: none)")

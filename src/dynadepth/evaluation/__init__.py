@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth.errors import ConfigError
-from dynadepth.evaluation.files import read_text
-from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity
+from dynadepth.evaluation.files import read_text, with_window
+from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, protocol
 from dynadepth.evaluation.statistics import paired_bootstrap
 from dynadepth.model import disabled
 from dynadepth.routed import is_attached
@@ -49,11 +49,12 @@ def evaluate(
 
     `tasks`: stems of the files in `task_data`, or names of lm-evaluation-harness without it, or the bundled
     `questions`; `limit` takes their first rows. `perplexity`: text files, of which `max_windows` takes the first
-    windows. With `compare_dense` the dense model is scored on the same rows and tokens, which gives `dense`, `kl`,
-    `agreement` and, per task, `diff_vs_dense`: a 95 % paired bootstrap interval (from `seed`) of the usual metric's
-    difference. `progress` is given a line after each batch, for a status line. A model without routers is its own
-    dense model. `with_rows` adds the scores behind the means as `rows`, for paired comparisons: `tasks` (the usual
-    metric of each row), `perplexity` (nats a token of each window) and, with `compare_dense`, `kl` of each window.
+    windows; `book.txt@4096` scores the last quarter of windows of 4,096 tokens. With `compare_dense` the dense model is
+    scored on the same rows and tokens, which gives `dense`, `kl`, `agreement` and, per task, `diff_vs_dense`: a 95 %
+    paired bootstrap interval (from `seed`) of the usual metric's difference. `progress` is given a line after each
+    batch, for a status line. A model without routers is its own dense model. `with_rows` adds the scores behind the
+    means as `rows`, for paired comparisons: `tasks` (the usual metric of each row), `perplexity` (nats a token of each
+    window) and, with `compare_dense`, `kl` of each window.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `flops_share` and `kv_share` those of the whole model, for sequences of their mean length.
@@ -65,7 +66,8 @@ def evaluate(
         raise ConfigError("there is nothing to score: name at least one task or one file for perplexity.")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}.")
-    texts = {file: read_text(file) for file in files}  # before anything slow, so that a bad name costs nothing
+    # Before anything slow, so that a bad name costs nothing.
+    texts = {file: (read_text(file), protocol(with_window(file)[1])) for file in files}
     suite = _Suite(model, tokenizer, names, task_data, batch_size, progress) if names else None
 
     compare = compare_dense and is_attached(model)
@@ -73,9 +75,10 @@ def evaluate(
     divergences: dict[str, Divergence] = {}
     with recording() as record, _mean_length(model) as mean_length:
         results = suite.run(limit) if suite else {}
-        for file, text in texts.items():
+        for file, (text, lengths) in texts.items():
             options: dict[str, Any] = {
-                "batch_size": max(1, batch_size // 2),  # windows are long
+                **lengths,
+                "batch_size": max(1, batch_size * 512 // lengths["window"]),  # windows are long
                 "max_windows": max_windows,
                 "progress": _said(progress, file),
             }

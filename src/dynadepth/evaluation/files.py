@@ -52,13 +52,25 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file, for perplexity.
+def with_window(name: str | Path) -> tuple[Path, int | None]:
+    """`book.txt@4096` as the file and the length of its windows in tokens; None where the name gives none.
+
+    A file that is called so itself is that file.
+    """
+    path, at, number = str(name).rpartition("@")
+    if not at or not (number.isascii() and number.isdigit()) or Path(name).is_file():
+        return Path(name), None
+    return Path(path), int(number)
+
+
+def read_text(name: str | Path) -> str:
+    """The text of a file, for perplexity; what `with_window` takes off the name is not looked at.
 
     A JSON Lines file gives its rows' `text` fields, joined without a separator in the order of their `id`s (in the
     file's order where a row has none): a corpus cut into articles is put together again. Anything else is plain
     UTF-8, gzipped where the name ends in `.gz`. Raises `DataError` as `read_rows` does, and where no text is found.
     """
+    path, _ = with_window(name)
     if not is_table(path):
         text = "".join(_lines(Path(path)))
     else:

@@ -6,6 +6,9 @@ variant, the dense model included, thus scores the same tokens after the same co
 whole window is not used. A tokenizer that starts every text with special tokens (Gemma's `<bos>`) starts every window
 with them, inside its prompt: such models are lost without.
 
+Windows are 1,024 tokens long and their prompts 256. Where a length is asked for (`FILE@4096`), the last quarter of each
+window is scored: what a long context is worth.
+
 Shape suffixes: B windows of a batch, T tokens, N scored positions, V vocabulary.
 """
 
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW, PROMPT = 1024, 256
+CHARACTERS = 8
+"""A token has fewer characters than this on average: how much text is read at first for `max_windows`."""
+MARGIN = 64
+"""So many tokens before the end of a piece of text, its ids are those of the whole text."""
 SHORTEST = 8
 """Fewer tokens than this are no text to score."""
 
@@ -88,7 +95,7 @@ def perplexity(
     """Perplexity of `text` under `model` as it stands: routed where routers are attached and enabled, else dense.
 
     `max_windows` takes the first windows only; `progress` is given a line after each batch. A text shorter than one
-    window is one shorter window with a quarter as its prompt, which a warning says. Raises `DataError` for fewer than
+    window is one shorter window with a prompt shortened alike, which a warning says. Raises `DataError` for fewer than
     8 tokens, `ConfigError` for a window or prompt that makes no sense.
     """
     windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
@@ -185,13 +192,13 @@ def cut(
         raise ConfigError(f"max_windows must be at least 1, got {max_windows}.")
     probe = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     special = probe[0][: len(probe[0]) - len(probe[1])] if probe[0][-len(probe[1]) :] == probe[1] else []
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _first_ids(tokenizer, text, None if max_windows is None else max_windows * window)
     longest = min(len(ids) + len(special), positions or window)
     if longest < SHORTEST:
         raise DataError(f"the text has {longest} tokens, too few to score: give at least {SHORTEST}.")
     if longest < window:
         why = "the model has no more positions" if longest == positions else "the text has no more tokens"
-        prompt = max(1, longest // 4)
+        prompt = max(1, longest * prompt // window)
         warnings.warn(
             f"windows of {longest} tokens with a prompt of {prompt} are scored instead of {window}: {why}.",
             stacklevel=3,
@@ -200,6 +207,34 @@ def cut(
     step = window - len(special)
     starts = range(0, len(ids) - step + 1, step)[:max_windows]
     return torch.tensor([special + ids[start : start + step] for start in starts]), prompt
+
+
+def protocol(window: int | None) -> dict[str, int]:
+    """`window` and `prompt` of `perplexity` for a text whose name asks for windows of a length, or for none."""
+    if window is None:
+        return {"window": WINDOW, "prompt": PROMPT}
+    if window < SHORTEST:
+        raise ConfigError(f"windows of {window} tokens are too short to score: give at least {SHORTEST}.")
+    return {"window": window, "prompt": window - window // 4}
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, n: int | None) -> list[int]:
+    """The ids of the text; where only the first `n` are wanted, no more of a long text is read than that takes."""
+    end = len(text)
+    if n is not None:
+        end = _line_end(text, round(n * CHARACTERS))
+    while True:
+        ids: list[int] = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
+        # The last ids of a piece may be others than in the whole text.
+        if end >= len(text) or n is None or len(ids) >= n + MARGIN:
+            return ids
+        end = _line_end(text, 2 * end)
+
+
+def _line_end(text: str, near: int) -> int:
+    """The end of the line in which character `near` stands."""
+    found = text.find("\n", near)
+    return len(text) if found < 0 else found + 1
 
 
 def _run(scorer: Scorer, ids_BT: Tensor, prompt: int) -> States:
