@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynadepth.benchmark.speedup import set_speedup
     from dynadepth.methods import DepthConfig, MindSkipConfig, StaticConfig
     from dynadepth.model import attach, detach, disabled, fixed_routes, load, save, set_budget
     from dynadepth.routed import is_attached, routing_of
@@ -25,6 +26,7 @@ _WHERE = {
     "routing_of": "routed",
     "save": "model",
     "set_budget": "model",
+    "set_speedup": "benchmark.speedup",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "routing_of",
     "save",
     "set_budget",
+    "set_speedup",
 ]
 
 

@@ -259,24 +259,31 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
             f"This model's routed target is {name!r}: set_budget(model, {name}=...), not {sorted(budgets)}."
         )
     budget = check_budget(budgets[name], routing)
+    check_adjustable(routing)
+    keep = routing.keep_of(budget)
+    threshold = float("-inf") if keep >= 1 else calibration_of(routing, f"budget {budget}").threshold(keep)
+    set_threshold(routing.routers().values(), threshold)
+    for router in routing.routers().values():
+        router.asked = keep < 1
+    routing.budget, routing.speedup = budget, None
+
+
+def check_adjustable(routing: Routing) -> None:
+    """Raises BudgetError for routers whose decisions no threshold changes."""
     if any(router.constant is not None for router in routing.routers().values()):
         raise BudgetError(
             f"A {routing.config.name} route is what it is: attach one with another skip instead of setting a budget."
         )
-    keep = routing.keep_of(budget)
-    if keep >= 1:
-        threshold = float("-inf")
-    elif routing.calibration is None:
+
+
+def calibration_of(routing: Routing, asked: str) -> Calibration:
+    """The routers' calibration; BudgetError where they have none, so that what is `asked` for cannot be set."""
+    if routing.calibration is None:
         raise BudgetError(
-            f"These routers have no calibration, so budget {budget} cannot be set: tune them, or call "
+            f"These routers have no calibration, so {asked} cannot be set: tune them, or call "
             "dynadepth.budget.calibrate(model, batches)."
         )
-    else:
-        threshold = routing.calibration.threshold(keep)
-    set_threshold(routing.routers().values(), threshold)
-    for router in routing.routers().values():
-        router.asked = keep < 1
-    routing.budget = budget
+    return routing.calibration
 
 
 def check_budget(budget: float, routing: Routing) -> float:

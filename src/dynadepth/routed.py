@@ -37,6 +37,8 @@ class Routing:
     calibration: Calibration | None = None
     budget: float | None = None
     """The budget last set, of all sublayers of the target; None: the routers' own thresholds."""
+    speedup: dict[str, Any] | None = None
+    """The speed-up that this budget was solved from, and how; None where the budget itself was asked for."""
     provenance: dict[str, Any] = field(default_factory=dict)
     trainable_before: tuple[str, ...] = ()
     input_grads: bool = False
@@ -99,6 +101,10 @@ class Routing:
     def keep_of(self, budget: float) -> float:
         """The keep ratio of the routed sites that a budget of all sublayers of the target asks for."""
         return (budget * self.n_layers - (self.n_layers - len(self.sites))) / len(self.sites)
+
+    def budget_of(self, keep: float) -> float:
+        """The inverse of `keep_of`."""
+        return (keep * len(self.sites) + self.n_layers - len(self.sites)) / self.n_layers
 
     def lowest_budget(self) -> float:
         """The budget at which every routed site skips everything."""

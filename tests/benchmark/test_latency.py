@@ -158,6 +158,15 @@ def test_samples_are_of_filled_caches():
     assert samples["a"].kv_bytes == {"prefill": kv(model, [0, 1, 2, 3], 9), "decode": kv(model, [0, 1, 2, 3], 12)}
 
 
+def test_steps_may_start_ahead_of_the_context():
+    """What lies between is read untimed, and `generate()` writes it, too."""
+    work, model = Work(ids(1, 14), 9, ahead=3), tiny("llama")
+    assert (work.filled, work.new_tokens) == (12, 2)
+    one = measure({"a": model}, work, repeats=2, generate=["a"])["a"]
+    assert [len(one.prefill), len(one.decode), len(one.generate)] == [2, 4, 2]
+    assert one.kv_bytes == {"prefill": kv(model, [0, 1, 2, 3], 9), "decode": kv(model, [0, 1, 2, 3], 14)}
+
+
 def test_an_empty_or_short_cache_is_noticed():
     model = tiny("gemma3")
     with torch.no_grad():

@@ -18,10 +18,17 @@ from saved_model import save_model
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("1.3x", "'1.3x' is not supported"),
+        ("abcx", "'abcx'"),
+        ("0.9x", "at least 1x, such as 1.3x, not 0.9x"),
+        ("0x", "not 0x"),
+        ("nanx", "not nanx"),
+        ("infx", "not infx"),
+        ("1.3x@2048", "1.3x@2048+64 (prompt + new tokens), not '1.3x@2048'"),
+        ("1.3x@0+64", "not '1.3x@0+64'"),
+        ("0.75@2048+64", "not '0.75@2048+64'"),
         ("abc", "'abc'"),
         ("0", "not 0"),
-        ("1.5", "not 1.5"),
+        ("1.5", "not 1.5; a speed-up is written 1.3x"),
         ("-1", "not -1"),
         ("nan", "nan"),
     ],
@@ -33,7 +40,9 @@ def test_budgets_are_checked_before_anything_is_loaded(refused, verb, text, name
 
 
 def test_budget_without_routers(refused, model_folder):
-    assert "--routers" in refused("generate", model_folder, "--budget", "0.5", "--prompt", "why")
+    for budget in ("0.5", "1.3x"):
+        sentence = refused("generate", model_folder, "--budget", budget, "--prompt", "why")
+        assert f"--budget {budget} needs --routers" in sentence
 
 
 def test_budget_that_the_sites_cannot_reach(refused, model_folder, tmp_path):

@@ -39,26 +39,38 @@ class Samples:
 
 @dataclass(frozen=True)
 class Work:
-    """A prompt and the tokens that follow it: `ids_BT` holds `context + new_tokens` of them, on the model's device."""
+    """A prompt and the tokens that follow it: `ids_BT` holds `context + ahead + new_tokens` of them, on the model's
+    device. The `ahead` ones are read at once, untimed, so that the steps after them meet a longer cache."""
 
     ids_BT: Tensor
     context: int
+    ahead: int = 0
 
     @property
     def new_tokens(self) -> int:
-        return self.ids_BT.shape[1] - self.context
+        return self.ids_BT.shape[1] - self.filled
+
+    @property
+    def filled(self) -> int:
+        """Tokens in the cache before the first step."""
+        return self.context + self.ahead
 
     def prefill(self, model: PreTrainedModel) -> Cache:
         """The whole context at once, logits of the last token only, as `generate` does."""
         return self._forward(model, None, 0, self.context)
 
+    def go_ahead(self, model: PreTrainedModel, cache: Cache) -> None:
+        """Reads what stands between the context and the first step."""
+        if self.ahead:
+            self._forward(model, cache, self.context, self.filled)
+
     def step(self, model: PreTrainedModel, cache: Cache, index: int) -> None:
-        """Token `index` after the context; the cache grows by one."""
-        self._forward(model, cache, self.context + index, self.context + index + 1)
+        """Token `index` of the new ones; the cache grows by one."""
+        self._forward(model, cache, self.filled + index, self.filled + index + 1)
 
     def generate(self, model: PreTrainedModel) -> None:
-        """`generate()` of `new_tokens` tokens from the context, greedy, never stopping early."""
-        ids, n = self.ids_BT[:, : self.context], self.new_tokens
+        """`generate()` of as many tokens as follow the context, greedy, never stopping early."""
+        ids, n = self.ids_BT[:, : self.context], self.ahead + self.new_tokens
         generator: Any = model  # generation is mixed into the classes that have a head
         pad = generator.generation_config.pad_token_id
         out = generator.generate(
@@ -104,13 +116,14 @@ def measure(
                     samples[name].prefill.append(seconds)
                 check_length(models[name], caches[name], work.context)
                 samples[name].kv_bytes["prefill"] = held_bytes(caches[name])
+                work.go_ahead(models[name], caches[name])
             for index in range(steps):
                 for name in _rotated(models, index):
                     seconds, _ = _timed(partial(work.step, models[name], caches[name], index), device)
                     if round_ >= 0:
                         samples[name].decode.append(seconds)
             for name, cache in caches.items():
-                check_length(models[name], cache, work.context + steps)
+                check_length(models[name], cache, work.filled + steps)
                 samples[name].kv_bytes["decode"] = held_bytes(cache)
             caches.clear()
             for name in _rotated(generate, round_):

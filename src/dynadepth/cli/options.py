@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +22,12 @@ Routers = Annotated[
 ]
 Budget = Annotated[
     str | None,
-    typer.Option("--budget", metavar="B", help="Share of all sublayers of the target that may execute, such as 0.75."),
+    typer.Option(
+        "--budget",
+        metavar="B|Sx",
+        help="Share of all sublayers of the target that may execute, such as 0.75; or a speed-up over the dense model "
+        "on this machine, such as 1.3x (of 1,024 + 64 tokens) or 1.3x@2048+64.",
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file as JSON.")]
 Dtype = Annotated[
@@ -27,22 +35,42 @@ Dtype = Annotated[
 ]
 
 
-def parse_budget(text: str | None) -> float | None:
-    """A budget in (0, 1]; None stays None. Raises `BudgetError` for anything else, speed-ups included."""
+SPEED = re.compile(r"(?P<times>[^@]*)[x×](@(?P<context>[1-9]\d*)\+(?P<new_tokens>[1-9]\d*))?", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A budget asked for as a speed-up, `times` as fast as dense, still to be solved; `str()` is what was written."""
+
+    text: str
+    times: float
+    workload: dict[str, int] = field(default_factory=dict)
+    """`context` and `new_tokens`, where they were written."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_budget(text: str | None) -> float | Speed | None:
+    """A budget in (0, 1], or a speed-up of at least 1; None stays None. Raises `BudgetError` for anything else."""
     if text is None:
         return None
-    if text.strip().lower().endswith(("x", "×")):
-        raise BudgetError(
-            f"A speed-up such as {text!r} is not supported as --budget yet: give the share of all sublayers of the "
-            "target that may execute, such as 0.75."
-        )
+    speed = SPEED.fullmatch(text.strip())
     try:
-        budget = float(text)
+        value = float(text if speed is None else speed["times"])
     except ValueError:
-        raise BudgetError(f"--budget must be a number above 0 and at most 1, such as 0.75, not {text!r}.") from None
-    if not 0 < budget <= 1:
-        raise BudgetError(f"--budget must be above 0 and at most 1, not {text}.")
-    return budget
+        raise BudgetError(
+            "--budget must be a number above 0 and at most 1, such as 0.75, or a speed-up, such as 1.3x or "
+            f"1.3x@2048+64 (prompt + new tokens), not {text!r}."
+        ) from None
+    if speed is None:
+        if not 0 < value <= 1:
+            raise BudgetError(f"--budget must be above 0 and at most 1, not {text}; a speed-up is written 1.3x.")
+        return value
+    if not 1 <= value < math.inf:
+        raise BudgetError(f"--budget must be a speed-up of at least 1x, such as 1.3x, not {text}.")
+    workload = {name: int(speed[name]) for name in ("context", "new_tokens") if speed[name]}
+    return Speed(text.strip(), value, workload)
 
 
 def parse_counts(text: str, option: str) -> list[int]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dynadepth.cli.options import Speed
 from dynadepth.errors import ConfigError, DynadepthError
 from dynadepth.provenance import finite
 
@@ -92,7 +93,7 @@ def quiet_libraries() -> None:
 
 
 def open_model(
-    name: str, routers: Path | None = None, budget: float | None = None, dtype: str = "auto"
+    name: str, routers: Path | None = None, budget: float | Speed | None = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on its device, with its routers at their budget where they are given, and its tokenizer.
 
@@ -115,8 +116,14 @@ def open_model(
         model = hub.load_model(name, dtype=dtype, device=device)
         if routers is not None:
             load(model, routers)
-            if budget is not None:
+            if isinstance(budget, float):
                 set_budget(model, **{routing_of(model).target.name: budget})
+    if isinstance(budget, Speed):
+        from dynadepth.benchmark import set_speedup
+
+        with progress(f"solving {budget}") as tell:
+            found = set_speedup(model, budget.times, **budget.workload, progress=tell)
+        say(str(found))
     return model, tokenizer
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from dynadepth.cli import options
-from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, table
+from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, say, table
 
 
 def tune(
@@ -35,8 +35,9 @@ def tune(
         str | None,
         typer.Option(
             "--budget",
-            metavar="B",
-            help="Share of all sublayers of the target that may execute. (default: the recipe's, 0.75)",
+            metavar="B|Sx",
+            help="Share of all sublayers of the target that may execute, or a speed-up such as 1.3x. "
+            "(default: the recipe's, 0.75)",
         ),
     ] = None,
     target: Annotated[
@@ -72,8 +73,17 @@ def tune(
         settings = load_recipe(recipe)
         if method is not None and method != settings.method.get("method"):
             settings = replace(settings, method={"method": method})  # the other method's settings mean nothing here
-        settings.config(target=target, granularity=granularity, kv_policy=kv_policy)  # what is wrong is said now
+        config = settings.config(
+            target=target, granularity=granularity, kv_policy=kv_policy
+        )  # what is wrong is said now
         loaded, tokenizer = open_model(model)
+        if isinstance(share, options.Speed):
+            from dynadepth.benchmark.speedup import Workload, speedup_of
+
+            with progress(f"solving {share}") as tell:
+                found = speedup_of(loaded, config, share.times, Workload(**share.workload), tell)
+            say(str(found))
+            share = found.budget
         from dynadepth.report.stamp import sign
         from dynadepth.tuning import examples_for
         from dynadepth.tuning import tune as tune_routers

@@ -24,13 +24,19 @@ def model_facts(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
 def stamp(
     name: str | Path, model: PreTrainedModel, *, routers: str | Path | None = None, seed: int | None = None
 ) -> dict[str, Any]:
-    """The `provenance` of every JSON file: this run's, the model's, and its routers' (folder, settings, budget)."""
+    """The `provenance` of every JSON file: this run's, the model's, and its routers' (folder, settings, budget and how
+    it was solved where a speed-up was asked for)."""
     out = provenance(seed=seed, dtype=model.dtype, model=model_facts(name, model))
     out["routers"] = None
     if is_attached(model):
         routing = routing_of(model)
         folder = None if routers is None else str(routers)
-        out["routers"] = {"folder": folder, "config": routing.config.to_dict(), "budget": routing.budget}
+        out["routers"] = {
+            "folder": folder,
+            "config": routing.config.to_dict(),
+            "budget": routing.budget,
+            "speedup": routing.speedup,
+        }
     return out
 
 
