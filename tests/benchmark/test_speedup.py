@@ -180,10 +180,11 @@ def test_a_table_is_kept_for_its_setting(measured, cache):
     assert measured == [Workload()]
     dynadepth.set_speedup(model, 1.3, context=2048)
     dynadepth.set_speedup(model, 1.3, batch=4)
-    dynadepth.set_speedup(calibrated(layers=(1, 2, 3)), 1.3)
+    for layers in ((0, 1, 2), (1, 2, 3)):
+        dynadepth.set_speedup(calibrated(layers=layers), 1.3)
     dynadepth.set_speedup(calibrated(skip_path="linear"), 1.3)
     dynadepth.set_speedup(calibrated().bfloat16(), 1.3)
-    assert len(measured) == len(list(cache.iterdir())) == 6
+    assert len(measured) == len(list(cache.iterdir())) == 7
     document = json.loads(next(cache.iterdir()).read_text(encoding="utf-8"))
     assert set(document) == {"setting", "table", "provenance"}
     assert {"model", "routing", "workload", "device", "cpu", "threads", "torch"} <= set(document["setting"])
