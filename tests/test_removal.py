@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dynadepth import Site, fixed_routes, routing_of
-from dynadepth.removal import Damage, alone, greedy
+from dynadepth.architectures import decoder_layers
+from dynadepth.removal import Damage, GreedySearch, alone, greedy
 from small import bare, ragged, routed
 
 
@@ -63,3 +64,39 @@ def test_stride_compares_fewer_positions():
     batch = ragged([8, 8])
     assert len(Damage(model, [batch], stride=4)._dense[0]) == 2 * 2
     assert routing.sites[0] == Site(0, "attention")
+
+
+def test_layers_below_the_lowest_change_are_not_run_again(damage):
+    ran = []
+    layers = decoder_layers(damage.model)
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    sites, batches = list(damage.sites), len(damage.batches)
+
+    def layers_run(skipped):
+        ran.clear()
+        found = damage.of(skipped)
+        layers_ran = sorted(ran)
+        assert found == pytest.approx(slow(damage, set(skipped)), rel=1e-4, abs=1e-6)
+        return layers_ran
+
+    assert layers_run([sites[2]]) == sorted([2, 3] * batches)
+    damage.settle([sites[1], sites[2]])
+    assert layers_run([sites[1], sites[2], sites[3]]) == [3] * batches
+    assert layers_run([sites[1], sites[3]]) == sorted([2, 3] * batches)
+    assert layers_run([sites[1], sites[2]]) == []
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_a_search_goes_on_from_what_it_has_learnt(damage):
+    whole = greedy(damage, 4, patience=1)
+    search = GreedySearch()
+    search.extend(damage, 1, patience=1)
+    again = GreedySearch(dict(search.chosen), dict(search.increase))
+    again.extend(damage, 4, patience=1)
+    assert list(again.chosen) == list(whole)
+    assert again.chosen == pytest.approx(whole)
+    known = GreedySearch(increase=alone(damage))
+    before = damage.calls
+    known.extend(damage, 1)
+    assert (list(known.chosen), damage.calls - before) == ([next(iter(whole))], 1)
