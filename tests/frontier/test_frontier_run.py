@@ -13,9 +13,10 @@ from runs import BUDGETS, CELLS, settings_for
 from dynadepth import is_attached
 from dynadepth.errors import BudgetError, ConfigError, DataError
 from dynadepth.frontier import rows, run, scoring, workbench
-from dynadepth.frontier.makers import Static, Tuned, whole_counts
+from dynadepth.frontier.makers import Tuned, whole_counts
 from dynadepth.frontier.run import Teller, run_frontier
 from dynadepth.frontier.scoring import blend
+from dynadepth.frontier.static import Static
 from dynadepth.report.cells import cell_name, read_cell, read_folder
 from dynadepth.report.frontier_table import budgets_met, summary_of
 

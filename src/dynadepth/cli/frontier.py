@@ -107,7 +107,7 @@ def frontier(
 
 def show(found: Findings) -> None:
     """Prints the table, in two halves that fit a terminal."""
-    from dynadepth.report.frontier_table import budgets_met, halves, rough_timing
+    from dynadepth.report.frontier_table import budgets_met, compared, halves, rough_timing
 
     titles = (f"Frontier of {found.model}: quality", "Cost, of the dense model's; times as fast")
     for title, (columns, lines) in zip(titles, halves(found), strict=True):
@@ -115,7 +115,7 @@ def show(found: Findings) -> None:
         for line in lines:
             grid.add_row(*line.values)
         out().print(grid)
-    for sentence in [*budgets_met(found)[2], rough_timing(found)]:
+    for sentence in [*compared(found), *budgets_met(found)[2], rough_timing(found)]:
         if sentence:
             out().print(f"• {sentence}", markup=False)
 

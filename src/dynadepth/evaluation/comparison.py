@@ -1,4 +1,4 @@
-"""A model's scores against the dense model's, row by row: what a difference is worth.
+"""A model's scores against another's (the dense model's, or its twin's), row by row: what a difference is worth.
 
 Rows are the scores behind the means, as `evaluate(..., with_rows=True)` gives them. Intervals are 95 % percentiles of a
 paired bootstrap (`statistics.paired_bootstrap`): rows are drawn with replacement, the same ones for both models.
@@ -17,20 +17,21 @@ from dynadepth.evaluation.statistics import paired_bootstrap
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
 
 
-def against_dense(own: Rows, dense: Rows, seed: int = 0) -> dict[str, Any]:
-    """Value, `low` and `high` of each difference from the dense model.
+def against(own: Rows, other: Rows, seed: int = 0) -> dict[str, Any]:
+    """Value, `low` and `high` of each difference from the other model.
 
-    `perplexity`: per text the ratio of perplexities; `tasks`: per task the difference of its usual metric; `average`:
-    the difference of the tasks' mean, each task's rows drawn apart, None without tasks. Texts and tasks whose rows do
-    not correspond are left out.
+    `perplexity`: per text the ratio of perplexities; `kl`: per text the difference of the distances from dense, nats a
+    token; `tasks`: per task the difference of its usual metric; `average`: the difference of the tasks' mean, each
+    task's rows drawn apart, None without tasks. Texts and tasks whose rows do not correspond are left out.
     """
     texts = {
         name: {key: math.exp(min(value, 700.0)) for key, value in _difference(*pair, seed).items()}
-        for name, pair in _paired(own, dense, "perplexity").items()
+        for name, pair in _paired(own, other, "perplexity").items()
     }
-    tasks = _paired(own, dense, "tasks")
+    tasks = _paired(own, other, "tasks")
     return {
         "perplexity": texts,
+        "kl": {name: _difference(*pair, seed) for name, pair in _paired(own, other, "kl").items()},
         "tasks": {name: _difference(*pair, seed) for name, pair in tasks.items()},
         "average": mean_difference(list(tasks.values()), seed) if tasks else None,
     }
@@ -58,7 +59,7 @@ def _difference(a: Sequence[float], b: Sequence[float], seed: int) -> dict[str, 
     return {"value": sum(a) / len(a) - sum(b) / len(b), "low": low, "high": high}
 
 
-def _paired(own: Rows, dense: Rows, kind: str) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    mine, theirs = own.get(kind) or {}, dense.get(kind) or {}
+def _paired(own: Rows, other: Rows, kind: str) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    mine, theirs = own.get(kind) or {}, other.get(kind) or {}
     pairs = {name: (rows, theirs.get(name) or ()) for name, rows in mine.items()}
     return {name: (a, b) for name, (a, b) in pairs.items() if a and len(a) == len(b)}

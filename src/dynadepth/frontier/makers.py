@@ -1,14 +1,14 @@
 """Kinds of methods: how a row of the frontier routes a model at a budget.
 
-`Dense`, `Static` (one of `ORDERS`), `RandomPerInput`, `Tuned` (a recipe), `TwinOf` (the fixed route of a tuned row). A
-maker gives the budgets at which its row has a cell, the settings that the cell depends on, and the model routed at a
-budget: one part, or two whose figures are mixed where a fixed route between two whole counts is meant.
+`Dense`, `RandomPerInput`, `Tuned` (a recipe), `TwinOf` (the fixed route of a tuned row); beside them `static.Static`
+and `shuffled.Shuffled`. A maker gives the budgets at which its row has a cell, the settings that the cell depends on,
+and the model routed at a budget: one part, or two whose figures are mixed where a fixed route between two whole counts
+is meant.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dynadepth.errors import BudgetError
 from dynadepth.frontier.workbench import Workbench
-from dynadepth.methods import DepthConfig, StaticConfig
+from dynadepth.methods import DepthConfig
 from dynadepth.methods.random import RandomConfig
 from dynadepth.model import attach, detach, fixed_routes, load, set_budget
 from dynadepth.routed import routing_of
@@ -37,6 +37,8 @@ class Part:
 
     opened: Callable[[], AbstractContextManager[PreTrainedModel]]
     share: float = 1.0
+    scored: Callable[[PreTrainedModel], dict[str, Any]] | None = None
+    """How it is scored where not as every model is (`scoring.measured`). Such a part is not timed."""
 
 
 class Maker(ABC):
@@ -52,7 +54,7 @@ class Maker(ABC):
 
     @abstractmethod
     def ready(self, bench: Workbench, name: str) -> None:
-        """Reads what can fail early."""
+        """Reads and tries what can fail early. Raises `UnsupportedModelError` where the model cannot be routed so."""
 
     @abstractmethod
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
@@ -76,56 +78,6 @@ class Dense(Maker):
         return [Part(lambda: nullcontext(bench.model))]
 
 
-def _cosine(bench: Workbench, name: str, target: str) -> list[int]:
-    scores = bench.scores(name, load_recipe(), target)
-    return [site.layer for site in sorted(scores, key=lambda site: scores[site])]
-
-
-ORDERS: dict[str, Callable[[Workbench, str, str], list[int]]] = {
-    "cosine": _cosine,
-    "deepest": lambda bench, name, target: list(range(bench.n_layers - 2, -1, -1)),
-    "random": lambda bench, name, target: random.Random(bench.settings.seed).sample(
-        range(bench.n_layers), bench.n_layers
-    ),
-}
-"""By name: which layers are skipped, the first one first. (workbench, row, target) -> layers."""
-
-LEFT_OUT = {"deepest": 1}
-"""Layers that an order never skips, where there are such."""
-
-
-@dataclass(frozen=True)
-class Static(Maker):
-    """The same layers skipped for every input: the first ones of an order, in the nearest whole number."""
-
-    order: str
-    target: str = "attention"
-    method: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings of `StaticConfig`."""
-
-    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
-        asked, most = tuple(asked), n_layers - LEFT_OUT.get(self.order, 0)
-        for budget in asked:
-            _check_reach(name, budget, n_layers, most, round((1 - budget) * n_layers) <= most)
-        return asked
-
-    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
-        made = {"order": self.order, "target": self.target, **self.method}
-        if self.order == "cosine":
-            made["importance"] = bench.tuning_settings(name, load_recipe())
-        return made
-
-    def ready(self, bench: Workbench, name: str) -> None:
-        if self.order == "cosine":
-            _read_files(bench, name, load_recipe())
-
-    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
-        assert budget is not None
-        order = ORDERS[self.order](bench, name, self.target)
-        skip = tuple(sorted(order[: round((1 - budget) * bench.n_layers)]))
-        return [Part(lambda: _attached(bench.model, StaticConfig(target=self.target, skip=skip, **self.method)))]
-
-
 @dataclass(frozen=True)
 class RandomPerInput(Maker):
     """Each input draws its own route (`methods/random.py`)."""
@@ -144,7 +96,7 @@ class RandomPerInput(Maker):
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         assert budget is not None
         config = RandomConfig(target=self.target, layers="all", keep=budget, seed=bench.settings.seed)
-        return [Part(lambda: _attached(bench.model, config))]
+        return [Part(lambda: attached(bench.model, config))]
 
 
 @dataclass(frozen=True)
@@ -154,10 +106,13 @@ class Tuned(Maker):
     recipe: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the recipe that are replaced."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of its method that are replaced."""
 
     def made(self) -> Recipe:
         """The recipe with the changes."""
-        return replace(load_recipe(self.recipe), **self.changes)
+        recipe = replace(load_recipe(self.recipe), **self.changes)
+        return replace(recipe, method={**recipe.method, **self.method})
 
     def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
         recipe, asked = self.made(), tuple(asked)
@@ -165,7 +120,7 @@ class Tuned(Maker):
             return (None,)
         routed = len(recipe.config().routed_layers(n_layers))
         for budget in asked:
-            _check_reach(name, budget, n_layers, routed, budget >= (n_layers - routed) / n_layers - 1e-9)
+            check_reach(name, budget, n_layers, routed, budget >= (n_layers - routed) / n_layers - 1e-9)
         return asked
 
     def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
@@ -173,11 +128,13 @@ class Tuned(Maker):
 
     def ready(self, bench: Workbench, name: str) -> None:
         if not bench.is_tuned(name, self.made()):
-            _read_files(bench, name, self.made())
+            with attached(bench.model, self.made().config()):
+                pass  # the probe refuses what this model cannot do
+            read_files(bench, name, self.made())
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         folder = bench.routers(name, self.made())
-        return [Part(lambda: _loaded(bench.model, folder, budget))]
+        return [Part(lambda: loaded(bench.model, folder, budget))]
 
 
 @dataclass(frozen=True)
@@ -218,7 +175,8 @@ def whole_counts(keep: float, n_layers: int, most: int) -> list[tuple[int, float
     return [(low, low + 1 - exact), (low + 1, exact - low)]
 
 
-def _check_reach(name: str, budget: float, n_layers: int, most: int, reached: bool) -> None:
+def check_reach(name: str, budget: float, n_layers: int, most: int, reached: bool) -> None:
+    """Raises `BudgetError` for a budget that a row, which skips at most `most` sublayers, does not reach."""
     if not reached:
         raise BudgetError(
             f"budget {budget:g} cannot be reached by {name}: it skips at most {most} of {n_layers} sublayers, so at "
@@ -226,14 +184,15 @@ def _check_reach(name: str, budget: float, n_layers: int, most: int, reached: bo
         )
 
 
-def _read_files(bench: Workbench, name: str, recipe: Recipe) -> None:
+def read_files(bench: Workbench, name: str, recipe: Recipe) -> None:
     """Tuning data that is not the model's own is read before any cell is measured."""
     if bench.source(name, recipe) != "self":
         bench.examples(name, recipe)
 
 
 @contextmanager
-def _attached(model: PreTrainedModel, config: DepthConfig) -> Iterator[PreTrainedModel]:
+def attached(model: PreTrainedModel, config: DepthConfig) -> Iterator[PreTrainedModel]:
+    """The model with fresh routers, bare again afterwards."""
     attach(model, config)
     try:
         yield model
@@ -242,7 +201,8 @@ def _attached(model: PreTrainedModel, config: DepthConfig) -> Iterator[PreTraine
 
 
 @contextmanager
-def _loaded(model: PreTrainedModel, folder: Path, budget: Budget) -> Iterator[PreTrainedModel]:
+def loaded(model: PreTrainedModel, folder: Path, budget: Budget) -> Iterator[PreTrainedModel]:
+    """The model with saved routers at a budget (None: their own), bare again afterwards."""
     load(model, folder)
     try:
         if budget is not None:
@@ -257,7 +217,7 @@ def _fixed(
 ) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
     @contextmanager
     def opened() -> Iterator[PreTrainedModel]:
-        with _loaded(model, folder, None):
+        with loaded(model, folder, None):
             decisions = {site: site.layer not in skip for site in routing_of(model).sites}
             with fixed_routes(model, decisions):
                 yield model

@@ -1,4 +1,5 @@
-"""The methods of a frontier as data: a new one is one more entry of `ROWS` (its kind is in makers.py)."""
+"""The methods of a frontier as data: a new one is one more entry of `ROWS` (its kind is in makers.py, static.py or
+shuffled.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dynadepth.errors import ConfigError, did_you_mean
-from dynadepth.frontier.makers import Dense, Maker, RandomPerInput, Static, Tuned, TwinOf
+from dynadepth.frontier.makers import Dense, Maker, RandomPerInput, Tuned, TwinOf
+from dynadepth.frontier.shuffled import Shuffled
+from dynadepth.frontier.static import Static
 from dynadepth.report.cells import DENSE
 
 
@@ -21,7 +24,7 @@ class Row:
     @property
     def of(self) -> str | None:
         """The row that this one is compared with, whose cells are measured before."""
-        return self.maker.of if isinstance(self.maker, TwinOf) else None
+        return self.maker.of if isinstance(self.maker, TwinOf | Shuffled) else None
 
 
 DEFAULT = Tuned("default")
@@ -29,6 +32,21 @@ IDENTITY = {"method": {"method": "mindskip", "bias": True, "penalty": 0.0, "laye
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
     Row("static", "skips the sublayers with the lowest 1 − cosine, the same for every input", Static("cosine")),
+    Row(
+        "static-alone",
+        "skips the sublayers whose removal, each alone, harms the model the least (KL), the same for every input",
+        Static("alone"),
+    ),
+    Row(
+        "static-greedy",
+        "skips sublayers chosen one after the other, each time the one that adds the least harm (KL) to those before",
+        Static("greedy"),
+    ),
+    Row(
+        "static-linear",
+        "the route of static, with the default recipe's skip paths fitted in closed form and not tuned",
+        Static("cosine", fitted=True),
+    ),
     Row("static-deepest", "skips the deepest sublayers but the last, the same for every input", Static("deepest")),
     Row("random", "skips sublayers drawn once, the same for every input", Static("random")),
     Row("random-per-input", "skips sublayers drawn anew for each input", RandomPerInput()),
@@ -40,6 +58,16 @@ ROWS = (
         Tuned("default", IDENTITY),
     ),
     Row("default-static", "the static twin of default: a fixed route, the same keep ratio", TwinOf("default", DEFAULT)),
+    Row(
+        "default-shuffled",
+        "the routers of default, every input under the route that they chose for another one",
+        Shuffled("default", DEFAULT),
+    ),
+    Row(
+        "default-token",
+        "the default recipe at token granularity; skipped tokens keep their keys and values",
+        Tuned("default", method={"granularity": "token"}),
+    ),
 )
 """In the order of the table."""
 

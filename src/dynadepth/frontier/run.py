@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
-from dynadepth.errors import ConfigError, DataError
-from dynadepth.evaluation.comparison import against_dense
+from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
+from dynadepth.evaluation.comparison import against
 from dynadepth.frontier.makers import Budget
 from dynadepth.frontier.rows import ROWS, Row, chosen
 from dynadepth.frontier.scoring import blend, measured, timed
@@ -63,7 +63,7 @@ def run_frontier(
 
     Raises `ConfigError` for an unknown method or for cells and routers made with other settings, `BudgetError` for a
     budget that a method cannot reach, `DataError` for texts, tasks and tuning data that cannot be read: all of it
-    before the first cell.
+    before the first cell. A method that this model cannot have is said and left out.
     """
     teller = teller or Teller()
     model.eval()
@@ -73,9 +73,8 @@ def run_frontier(
     common = {"model": bench.fingerprint, "dtype": str(model.dtype).removeprefix("torch."), **settings.scored()}
     wanted = {row.name: plain({**common, "method": row.maker.settings(bench, row.name)}) for row in rows}
     _collect(bench, plan, wanted, teller)
-    for row in rows:
-        if any(not _complete(bench, row, budget) for of, budget in plan if of is row):
-            row.maker.ready(bench, row.name)
+    rows = [row for row in rows if _ready(bench, row, plan, teller)]
+    plan = [(row, budget) for row, budget in plan if row in rows]
     _write_summary(bench, rows, plan)
 
     for number, (row, budget) in enumerate(plan, start=1):
@@ -121,6 +120,18 @@ def _complete(bench: Workbench, row: Row, budget: Budget) -> bool:
     return cell is not None and (not bench.settings.bench or cell.get("speed") is not None)
 
 
+def _ready(bench: Workbench, row: Row, plan: list[tuple[Row, Budget]], teller: Teller) -> bool:
+    """Can what is left of the row be measured? Said where it cannot."""
+    if all(_complete(bench, row, budget) for of, budget in plan if of is row):
+        return True
+    try:
+        row.maker.ready(bench, row.name)
+    except UnsupportedModelError as error:
+        teller.say(f"{row.name} is left out: {error}")
+        return False
+    return True
+
+
 def _detail(teller: Teller, place: str, line: str) -> None:
     teller.detail(f"{place}: {line}")
 
@@ -138,15 +149,22 @@ def _measure(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any])
         with part.opened() as model:
             mark = mark or stamp(settings.model, model, seed=settings.seed)
             if before is None:
-                found.append((part.share, measured(model, bench.tokenizer, settings, bench.tell)))
+                if part.scored is None:
+                    found.append((part.share, measured(model, bench.tokenizer, settings, bench.tell)))
+                else:
+                    found.append((part.share, part.scored(model)))
             if settings.bench:
-                speed.append((part.share, timed(model, bench.tokenizer, settings, bench.tell)))
+                own = part.scored is None
+                speed.append((part.share, timed(model, bench.tokenizer, settings, bench.tell) if own else []))
     cell: Cell
     if before is None:
         cell = {"format": FORMAT, "row": row.name, "budget": budget, "model": settings.model, "settings": wanted}
         cell |= blend(found)
         dense = cell if row.name == DENSE else bench.cell(DENSE, 1.0)
-        cell["against_dense"] = against_dense(cell["rows"], dense["rows"], settings.seed)
+        cell["against_dense"] = against(cell["rows"], dense["rows"], settings.seed)
+        if row.of is not None:
+            other = bench.cell(row.of, budget)["rows"]
+            cell["against"] = {"row": row.of, **against(cell["rows"], other, settings.seed)}
         cell |= {"mixture": [part.share for part in parts], "provenance": mark, "tuning": _tuning(bench, row)}
     else:
         cell = dict(before)

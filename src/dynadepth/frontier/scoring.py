@@ -1,8 +1,8 @@
 """What a cell holds: everything measured of one model as it stands, as plain data.
 
 Keys: `text` and `tasks` (as `evaluation.evaluate` gives them, keep ratios apart), `rows` (scores of single windows and
-rows), `site_keep` and `routes` on the texts, `kinds` (keep ratio by kind of prompt), `samples` (answers). Figures that
-are means over inputs can be mixed: see `blend`.
+rows), `site_keep` and `routes` (`report.routes.variety`) on the texts, `kinds` (keep ratio and routes by kind of
+prompt), `samples` (answers). Figures that are means over inputs can be mixed: see `blend`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dynadepth.budget import forward, prompts_to_batches
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier.prompts import KINDS, SAMPLES, encoded
 from dynadepth.frontier.settings import Settings
+from dynadepth.report.routes import variety
 from dynadepth.report.samples import answers
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.recorder import Recorder, recording
@@ -35,9 +36,10 @@ WHOLE = {"routed": 1.0, "all": 1.0}
 
 
 def measured(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, tell: Tell
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, tell: Tell, prompts: bool = True
 ) -> dict[str, Any]:
-    """Quality of the model as it stands, routed or bare, and what it executed."""
+    """Quality of the model as it stands, routed or bare, and what it executed; without `prompts` on the texts and tasks
+    alone (`kinds` and `samples` stay empty)."""
     common: dict[str, Any] = {"seed": settings.seed, "with_rows": True, "progress": tell}
     with recording() as record:
         text = evaluate(
@@ -56,9 +58,12 @@ def measured(
         )
         rows["tasks"] = tasks["rows"]["tasks"]
         tasks = {"tasks": tasks["tasks"], "average": tasks["average"], **_spent(tasks)}
-    tell("keep ratio by kind of prompt")
-    kinds = by_kind(model, tokenizer)
-    tell("sample answers")
+    kinds, samples = {}, []
+    if prompts:
+        tell("keep ratio by kind of prompt")
+        kinds = by_kind(model, tokenizer)
+        tell("sample answers")
+        samples = answers(model, tokenizer, SAMPLES, settings.answer_tokens)
     return {
         "layers": len(decoder_layers(model)),
         "target": routing_of(model).target.name if is_attached(model) else None,
@@ -72,14 +77,14 @@ def measured(
         "tasks": tasks,
         "rows": rows,
         "site_keep": {str(site): share for site, share in record.site_keep("prefill").items()},
-        "routes": _distinct(record),
+        "routes": _routes(model, record),
         "kinds": kinds,
-        "samples": answers(model, tokenizer, SAMPLES, settings.answer_tokens),
+        "samples": samples,
     }
 
 
 def by_kind(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
-    """For each kind of built-in prompt: `keep_ratio`, and how many `distinct` routes its `sequences` took."""
+    """For each kind of built-in prompt: `keep_ratio`, and the `variety` of its routes."""
     found = {}
     for kind in KINDS:
         batches = prompts_to_batches(encoded(kind, tokenizer), pad_token_id(tokenizer))
@@ -87,7 +92,7 @@ def by_kind(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[
             for batch in batches if is_attached(model) else ():
                 forward(model, batch)
         keep = record.keep_ratio("prefill")
-        found[kind] = {"keep_ratio": WHOLE if keep is None else asdict(keep), **_distinct(record)}
+        found[kind] = {"keep_ratio": WHOLE if keep is None else asdict(keep), **_routes(model, record)}
     return found
 
 
@@ -142,10 +147,8 @@ def _spent(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _distinct(record: Recorder) -> dict[str, int]:
-    """Different routes, and the sequences that took them."""
-    routes = [tuple(sorted((str(site), share) for site, share in row.items())) for row in record.sequences]
-    return {"distinct": len(set(routes)), "sequences": len(routes)}
+def _routes(model: PreTrainedModel, record: Recorder) -> dict[str, Any]:
+    return variety(record.sequences, sticky=not is_attached(model) or routing_of(model).granularity.sticky)
 
 
 def _by_file(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """What the methods of a frontier share: the bare model, tuning data, importance scores, and routers tuned once.
 
-Routers are tuned into `DIR/routers/NAME` and used again where their settings are the same; an interrupted tuning goes
-on from its last checkpoint. Routers that a run with other settings finished are never overwritten.
+Routers are tuned, and skip paths fitted, into `DIR/routers/NAME` and used again where their settings are the same; an
+interrupted tuning goes on from its last checkpoint. What a run with other settings finished is never overwritten.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
-from dynadepth.budget import importance, prompts_to_batches
+from dynadepth.budget import Batches, importance, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError
 from dynadepth.frontier.settings import Settings, difference, source_facts
-from dynadepth.model import detach
+from dynadepth.methods import StaticConfig
+from dynadepth.model import attach, detach
 from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
+from dynadepth.tuning.surrogate import fit_paths
+from dynadepth.tuning.trainer import FIT_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,13 +89,25 @@ class Workbench:
                 ) from error
         return self._examples[key]
 
+    def split(self, row: str, recipe: Recipe) -> tuple[list[Example], list[Example]]:
+        """The method's held-out examples, and those that are tuned or fitted on."""
+        examples = self.examples(row, recipe)
+        held = max(1, round(recipe.holdout * len(examples)))
+        return examples[:held], examples[held:]
+
+    def batches(self, examples: list[Example], tokens: int | None = None) -> Batches:
+        """Whole texts, up to the one with which they have so many `tokens`."""
+        texts: list[list[int]] = []
+        for example in examples:
+            if tokens is None or sum(map(len, texts)) < tokens:
+                texts.append(example.input_ids)
+        return prompts_to_batches(texts, pad_token_id(self.tokenizer))
+
     def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:
         """1 − cosine importance of the target's sublayers, on the held-out examples of the method's tuning data."""
         key = (self.source(row, recipe), recipe.max_samples, recipe.holdout, target)
         if key not in self._scores:
-            examples = self.examples(row, recipe)
-            held = examples[: max(1, round(recipe.holdout * len(examples)))]
-            texts = prompts_to_batches([e.input_ids for e in held], pad_token_id(self.tokenizer))
+            texts = self.batches(self.split(row, recipe)[0])
             self.tell("measuring importance")
             self._scores[key] = importance(self.model, texts, target)
         return self._scores[key]
@@ -110,6 +126,9 @@ class Workbench:
 
     def is_tuned(self, row: str, recipe: Recipe) -> bool:
         """Are the method's routers finished? Raises `ConfigError` where they are, with other settings."""
+        return self._is_made(row, self.tuning_settings(row, recipe))
+
+    def _is_made(self, row: str, settings: dict[str, Any]) -> bool:
         folder = self.out / ROUTERS / row
         try:
             made = adapter.read(folder)[0].get("provenance") or {}
@@ -117,9 +136,9 @@ class Workbench:
             return False
         if "frontier" not in made or "stopped" in made:
             return False
-        if differs := difference(made["frontier"], self.tuning_settings(row, recipe)):
+        if differs := difference(made["frontier"], settings):
             raise ConfigError(
-                f"The routers in {folder} were tuned with other settings ({differs}): give another --out, or remove "
+                f"The routers in {folder} were made with other settings ({differs}): give another --out, or remove "
                 "that folder and the method's cells."
             )
         return True
@@ -144,4 +163,45 @@ class Workbench:
             if is_attached(self.model):
                 detach(self.model)
             self.model.eval()
+        return folder
+
+    def fit_settings(self, row: str, recipe: Recipe, config: StaticConfig) -> dict[str, Any]:
+        """What fitted skip paths depend on, as JSON."""
+        fit = {"config": config.to_dict(), "tokens": FIT_TOKENS}
+        return plain({**self.tuning_settings(row, recipe), "fit": fit})
+
+    def is_fitted(self, row: str, recipe: Recipe, config: StaticConfig) -> bool:
+        """Are the method's skip paths fitted? Raises `ConfigError` where they are, with other settings."""
+        return self._is_made(row, self.fit_settings(row, recipe, config))
+
+    def paths(self, row: str, recipe: Recipe, config: StaticConfig) -> Path:
+        """The folder of skip paths fitted in closed form at every site of `config`, now if need be: on as many of the
+        training texts as a tuning fits them on, and not tuned."""
+        folder = self.out / ROUTERS / row
+        if self.is_fitted(row, recipe, config):
+            return folder
+        texts = self.batches(self.split(row, recipe)[1], FIT_TOKENS)
+        started = time.monotonic()
+        attach(self.model, config)
+        try:
+            explained = fit_paths(
+                self.model, texts, lambda done, total: self.tell(f"{row}, fitting skip paths: {done} of {total}")
+            )
+            routing = routing_of(self.model)
+            for path in routing.paths().values():
+                path.to(self.model.dtype)
+            routing.provenance = {
+                "frontier": self.fit_settings(row, recipe, config),
+                "result": {
+                    "seconds": time.monotonic() - started,
+                    "steps": 0,
+                    "n_trainable": sum(p.numel() for path in routing.paths().values() for p in path.parameters()),
+                    "n_train": sum(len(batch["input_ids"]) for batch in texts),
+                    "n_heldout": 0,
+                    "explained": {str(site): share for site, share in explained.items()},
+                },
+            }
+            sign(self.model, folder, self.settings.model, self.settings.seed)
+        finally:
+            detach(self.model)
         return folder

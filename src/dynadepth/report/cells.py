@@ -2,7 +2,8 @@
 
     DIR/cells/NAME@BUDGET.json   one cell: a method at a budget, everything that was measured of it
     DIR/frontier.json            the methods and the table, without the scores of single rows
-    DIR/routers/NAME             routers of the tuned methods
+    DIR/routers/NAME             routers of the tuned methods, and fitted skip paths
+    DIR/scores/NAME.json         importance by removal, where a method's order is measured so
 
 A cell is written when it is finished, whole or not at all. Reading for the page is lenient: `read_folder` shows what
 can be shown and says what cannot.
@@ -21,7 +22,7 @@ from dynadepth.errors import ConfigError, DataError
 from dynadepth.provenance import finite
 
 FORMAT = 1
-CELLS, SUMMARY, ROUTERS = "cells", "frontier.json", "routers"
+CELLS, SUMMARY, ROUTERS, SCORES = "cells", "frontier.json", "routers", "scores"
 OWN = "own"
 """Stands for the budget of a method whose routers have no calibration."""
 DENSE = "dense"
@@ -51,7 +52,7 @@ def cell_path(folder: Path, row: str, budget: float | None) -> Path:
 
 def read_cell(path: Path) -> Cell:
     """One cell. Raises `DataError` saying what is wrong with a file that is none."""
-    document = _read(path)
+    document = read_json(path)
     if document.get("format") != FORMAT:
         raise DataError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}.")
     for name, kind in PARTS.items():
@@ -116,7 +117,7 @@ def read_folder(folder: Path) -> Findings:
     found = Findings()
     planned: list[str] = []
     try:
-        summary = _read(folder / SUMMARY)
+        summary = read_json(folder / SUMMARY)
         found.rows = [{"name": str(row["name"]), "description": str(row["description"])} for row in summary["rows"]]
         found.provenance, found.model = dict(summary["provenance"]), summary["model"]
         planned = [str(name) for name in summary["planned"]]
@@ -143,7 +144,8 @@ def read_folder(folder: Path) -> Findings:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's object. Raises `DataError` for one that is missing or damaged."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -21,12 +21,11 @@ from dynadepth.routing.decision import Site
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SERIES = {
-    f"series{i}": colour
-    for i, colour in enumerate(
-        ("#2f81f7", "#e08a2e", "#1a9e75", "#c2479d", "#8b6cef", "#a88600", "#d9534f", "#2a93a8", "#7f8c2d", "#b07a5a")
-    )
-}
+_COLOURS = (
+    "#2f81f7", "#e08a2e", "#1a9e75", "#c2479d", "#8b6cef", "#a88600", "#d9534f", "#2a93a8", "#7f8c2d", "#b07a5a",
+    "#d1607f", "#5f86c4", "#43a047",
+)  # fmt: skip
+SERIES = {f"series{i}": colour for i, colour in enumerate(_COLOURS)}
 """By place of the method; each reads on white and on black."""
 MARKERS = "os^Dv<>PX*"
 PALETTE = {key: colour for key, colour in COLOURS.items() if key in ("ink", "grid", "dense")} | SERIES

@@ -13,9 +13,9 @@ from typing import Any
 from dynadepth.report import figures
 from dynadepth.report.cells import DENSE, Findings, budget_label
 from dynadepth.report.frontier_figures import PALETTE, Drawing, colour_key, drawings, layer_maps
-from dynadepth.report.frontier_table import budgets_met, halves, rough_timing, task_table
+from dynadepth.report.frontier_table import budgets_met, compared, halves, rough_timing, task_table
 from dynadepth.report.html import facts, rendered, write_text
-from dynadepth.report.routes import LEGEND, strip
+from dynadepth.report.routes import LEGEND, mean_keep, shaded, span_of, strip, told
 
 TEMPLATE = "frontier.html.j2"
 SAMPLE_BUDGET = 0.75
@@ -33,7 +33,7 @@ def render(found: Findings) -> str:
     budget_columns, budget_lines, missed = budgets_met(found)
     at = _sample_budget(found)
     cells = [cell for by_budget in found.cells.values() for cell in by_budget.values()]
-    rough = rough_timing(found)
+    rough, samples = rough_timing(found), list(_samples(found, at))
     return rendered(
         TEMPLATE,
         title=f"{found.model or 'dynadepth'}: quality, depth and speed",
@@ -42,6 +42,7 @@ def render(found: Findings) -> str:
         colours={name: colour_key(found, name) for name in found.cells},
         tables=halves(found),
         remarks=[rough] if rough else [],
+        compared=compared(found),
         figures=[_inlined(drawing) for drawing in drawings(found)],
         methods=found.methods,
         tasks={"columns": task_columns, "lines": task_lines},
@@ -49,7 +50,8 @@ def render(found: Findings) -> str:
         per_kind=max((kind.get("sequences", 0) for cell in cells for kind in cell["kinds"].values()), default=0),
         missed=missed,
         maps=[_inlined(drawing) for drawing in layer_maps(found)],
-        samples=list(_samples(found, at)),
+        samples=samples,
+        shaded=any(len(answer["pieces"]) > 1 for sample in samples for answer in sample["answers"]),
         at=None if at is None else budget_label(at),
         legend=LEGEND,
         facts=[*facts(found.provenance), *_commits(cells)],
@@ -80,19 +82,26 @@ def _sample_budget(found: Findings) -> float | None:
 
 def _samples(found: Findings, at: float | None) -> Iterator[dict[str, Any]]:
     """Per prompt the answers of every method that has a cell at this budget, of dense, and of those with their own."""
-    shown: dict[str, dict[str, Any]] = {}
+    shown: dict[str, list[dict[str, Any]]] = {}
     for row in found.methods:
         cells = found.cells[row["name"]]
         cell = cells.get(at) or cells.get(None) or (found.dense if row["name"] == DENSE else None)
-        for answer in cell["samples"] if cell else ():
-            shown.setdefault(str(answer["prompt"]), {})[row["name"]] = (answer, cell["layers"] if cell else 0)
-    for prompt, answers in shown.items():
-        made = []
-        for method, (answer, layers) in answers.items():
-            route, keep = answer.get("route"), answer.get("keep_ratio")
-            kept = f"{keep['all']:.0%} of all, {keep['routed']:.0%} of the routed sites" if keep else ""
-            text = str(answer.get("text") or "").strip()
-            made.append({"method": method, "text": text, "strip": strip(route, layers) if route else "", "keep": kept})
+        answers = cell["samples"] if cell else []
+        mean, span = mean_keep(answers), span_of(answers)
+        for answer in answers:
+            assert cell is not None
+            route, text = answer.get("route"), str(answer.get("text") or "").strip()
+            words, more = told(answer.get("keep_ratio"), mean)
+            shown.setdefault(str(answer["prompt"]), []).append(
+                {
+                    "method": row["name"],
+                    "pieces": shaded(answer["depth"], span) if answer.get("depth") else [(text, 0)],
+                    "strip": strip(route, cell["layers"]) if route else "",
+                    "keep": words,
+                    "more": more,
+                }
+            )
+    for prompt, made in shown.items():
         yield {"prompt": prompt, "answers": made}
 
 

@@ -147,6 +147,26 @@ def budgets_met(found: Findings) -> tuple[tuple[str, ...], list[Line], list[str]
     return ("method", "asked", "texts", "tasks", *kinds), lines, missed
 
 
+def compared(found: Findings) -> list[str]:
+    """What a row's cells are beside those of the row that they are compared with, on the same windows, in words."""
+    said = []
+    for row in found.methods:
+        for budget, cell in found.cells[row["name"]].items():
+            beside = cell.get("against") or {}
+            for text, ratio in (beside.get("perplexity") or {}).items():
+                on = f" on {text}" if len(beside["perplexity"]) > 1 else ""
+                sentence = (
+                    f"{row['name']} at {budget_label(budget)}: perplexity{on} {ratio['value']:.3f} × that of "
+                    f"{beside['row']} (95 % {ratio['low']:.3f} to {ratio['high']:.3f})"
+                )
+                if kl := (beside.get("kl") or {}).get(text):
+                    sentence += f", KL {kl['value']:+.4f} ({kl['low']:+.4f} to {kl['high']:+.4f})"
+                if inputs := (cell.get("shuffled") or {}).get("texts"):
+                    sentence += f"; {inputs['changed']} of {inputs['inputs']} windows had another route"
+                said.append(f"{sentence}.")
+    return said
+
+
 def rough_timing(found: Findings) -> str | None:
     """A sentence where the machine was busy while timing."""
     spreads = [
@@ -182,8 +202,20 @@ def _times(value: Mapping[str, float] | None) -> str:
     return "-" if value is None else f"{value['value']:.2f}×"
 
 
-def _routes(value: Mapping[str, int] | None) -> str:
-    return "-" if not value or not value.get("sequences") else f"{value['distinct']} of {value['sequences']}"
+def _routes(value: Mapping[str, Any] | None) -> str:
+    """`12 of 64, 2.1 bits, 96 % alike`: what is known of a cell's `report.routes.variety`."""
+    if not value or not value.get("sequences"):
+        return "-"
+    if value.get("distinct") == 1:
+        return f"one for all {value['sequences']}"
+    said = []
+    if value.get("distinct") is not None:
+        said.append(f"{value['distinct']} of {value['sequences']}")
+    if value.get("entropy") is not None:
+        said.append(f"{value['entropy']:.1f} bits")
+    if value.get("agreement") is not None:
+        said.append(f"{100 * value['agreement']:.0f} % alike")
+    return ", ".join(said) or "-"
 
 
 def _task(figures: Mapping[str, Any] | None) -> str:

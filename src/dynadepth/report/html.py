@@ -12,7 +12,7 @@ from typing import Any
 from dynadepth.adapter import atomically
 from dynadepth.errors import DynadepthError
 from dynadepth.report import figures
-from dynadepth.report.routes import LEGEND, strip
+from dynadepth.report.routes import LEGEND, mean_keep, strip, told
 from dynadepth.report.summary import TITLES, VARIANTS, rows, verdict
 from dynadepth.routing.decision import Site
 
@@ -68,7 +68,7 @@ def render(results: Mapping[str, Any]) -> str:
         titles=TITLES,
         rows=rows(results),
         figures=list(_figures(results)),
-        samples=[_sample(sample, results.get("layers")) for sample in results.get("samples") or []],
+        samples=list(_samples(results)),
         legend=LEGEND,
         steps=[{"title": s["title"], "time": _clock(s.get("seconds"))} for s in results.get("steps") or []],
         facts=list(facts(results.get("provenance") or {})),
@@ -143,17 +143,21 @@ def _speedups(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def _sample(sample: Mapping[str, Any], n_layers: int | None) -> dict[str, Any]:
-    made = []
-    for name in VARIANTS:
-        answer = (sample.get("answers") or {}).get(name)
-        if answer is None:
-            continue
-        route, keep = answer.get("route"), answer.get("keep_ratio")
-        shown = strip(route, n_layers) if route and n_layers else ""
-        kept = f"{keep['all']:.0%} of all, {keep['routed']:.0%} of the routed sites" if keep else ""
-        made.append({"name": name, "text": answer["text"].strip(), "strip": shown, "keep": kept})
-    return {"prompt": sample["prompt"], "answers": made}
+def _samples(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Per prompt the answers of the variants."""
+    samples, n_layers = results.get("samples") or [], results.get("layers")
+    by_name = {name: [a for s in samples if (a := (s.get("answers") or {}).get(name))] for name in VARIANTS}
+    for sample in samples:
+        made = []
+        for name in VARIANTS:
+            answer = (sample.get("answers") or {}).get(name)
+            if answer is None:
+                continue
+            route = answer.get("route")
+            words, more = told(answer.get("keep_ratio"), mean_keep(by_name[name]))
+            shown = strip(route, n_layers) if route and n_layers else ""
+            made.append({"name": name, "text": answer["text"].strip(), "strip": shown, "keep": words, "more": more})
+        yield {"prompt": sample["prompt"], "answers": made}
 
 
 def _clock(seconds: float | None) -> str:

@@ -30,7 +30,9 @@ def answers(
     A prompt is set in the tokenizer's chat template where there is one, else continued. Each entry has `prompt`,
     `text`, `tokens` (the new token ids, up to and with the one that ends the text), `route` (per site the share of the
     prompt's units that executed: 0 or 1 at sequence granularity) and `keep_ratio` of that route; the last two are None
-    for a dense model. Raises `DataError` for a prompt without any token.
+    for a dense model. At token granularity it has `depth`: the text in pieces, each with the share of the routed sites
+    that executed for its token; None for the last one, which was written and not read. Raises `DataError` for a prompt
+    without any token.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
@@ -43,7 +45,7 @@ def answers(
     width, pad = max(map(len, encoded)), pad_token_id(tokenizer)
     ids_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=model.device)
-    with torch.no_grad(), recording() as record:
+    with torch.no_grad(), recording(by_token=True) as record:
         generate: Any = model.generate
         written_BT = generate(
             input_ids=ids_BT,
@@ -57,7 +59,8 @@ def answers(
         )
     ends = end_ids(model, tokenizer)
     routes = [{str(site): share for site, share in row.items()} for row in record.sequences]
-    outputs = []
+    shares_BT = record.token_shares[0][:, width:].tolist() if record.token_shares else None
+    outputs: list[dict[str, Any]] = []
     for row, prompt in enumerate(prompts):
         tokens = _until(written_BT[row, width:].tolist(), ends)
         route = routes[row] if routes else None
@@ -70,7 +73,23 @@ def answers(
                 "keep_ratio": route and asdict(keep_of(route, routing_of(model).n_layers)),
             }
         )
+        if shares_BT is not None:
+            outputs[-1]["depth"] = _depth(tokenizer, tokens, shares_BT[row])
     return outputs
+
+
+def _depth(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], shares: Sequence[float]
+) -> list[tuple[str, float | None]]:
+    """Each token's part of the text, with its share; where it ends inside of a character, the next token has that."""
+    pieces: list[tuple[str, float | None]] = []
+    text = ""
+    for number in range(len(tokens)):
+        longer = str(tokenizer.decode(tokens[: number + 1], skip_special_tokens=True))
+        whole = not longer.endswith("\ufffd") or number == len(tokens) - 1
+        pieces.append((longer[len(text) :] if whole else "", shares[number] if number < len(shares) else None))
+        text = longer if whole else text
+    return pieces
 
 
 def read_prompts(path: str | Path) -> list[str]:

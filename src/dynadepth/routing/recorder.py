@@ -23,11 +23,14 @@ class Recorder:
     Nothing is moved from the device before a figure is asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_token: bool = False) -> None:
+        """`by_token`: keeps `token_shares`, too."""
         # (phase, generation) -> site -> (executed units, all units), float32 [B] each
         self._counts: dict[tuple[str, int], dict[Site, tuple[Tensor, Tensor]]] = {}
         self._generations: dict[int, tuple[Any, int]] = {}
         self._n_layers = 0
+        self._by_token = by_token
+        self._tokens: dict[int, list[Tensor]] = {}  # generation -> share of the sites, float32 [B, T] a forward
 
     def add(self, trace: RoutingTrace, generation: Any) -> None:
         """Takes in one forward; `generation` is the object (route book) that its continuation will share."""
@@ -49,6 +52,9 @@ class Recorder:
                     units = trace.token_mask.float()
                 execute, units = (execute * units).sum(1), units.sum(1)
             self._count(counts, site, execute, units)
+        each = [d.execute.float() for d in trace.decisions.values() if d.execute.dim() == 2] if self._by_token else []
+        if each:
+            self._tokens.setdefault(key, []).append(torch.stack(each).mean(0))
 
     @staticmethod
     def _count(counts: dict[Site, tuple[Tensor, Tensor]], site: Site, executed: Tensor, units: Tensor) -> None:
@@ -78,6 +84,12 @@ class Recorder:
         granularity)."""
         return self._sequences("prefill")
 
+    @property
+    def token_shares(self) -> list[Tensor]:
+        """One entry a generation: the share of the routed sites that executed for each token that was read, padding
+        included, float32 `[B, T]`. Recorded with `by_token`, at token granularity alone."""
+        return [torch.cat(steps, dim=1) for steps in self._tokens.values()]
+
     def site_keep(self, phase: Phase = None) -> dict[Site, float]:
         """Mean share executed per site over the sequences of a phase (`"prefill"`, `"decode"`, None: both)."""
         sequences = self._sequences(phase)
@@ -101,9 +113,10 @@ _recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("dynadepth_recorders",
 
 
 @contextmanager
-def recording() -> Iterator[Recorder]:
-    """Records every routed forward of this thread inside the block. May be nested."""
-    recorder = Recorder()
+def recording(by_token: bool = False) -> Iterator[Recorder]:
+    """Records every routed forward of this thread inside the block. May be nested. `by_token` keeps the share of the
+    sites that each token executed (`Recorder.token_shares`)."""
+    recorder = Recorder(by_token)
     token = _recorders.set((*_recorders.get(), recorder))
     try:
         yield recorder

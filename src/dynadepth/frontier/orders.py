@@ -1,0 +1,182 @@
+"""Orders of static routes: which layers are skipped, the first one first.
+
+Two of them are measured by removal (removal.py), which takes minutes: their scores are kept in `DIR/scores/NAME.json`,
+whole or not at all, with the settings they depend on. A greedy search is kept after each of its rounds and goes on
+where it was, also where a lower budget asks for more layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from dynadepth.errors import ConfigError, DataError
+from dynadepth.frontier.settings import difference
+from dynadepth.frontier.workbench import Workbench
+from dynadepth.methods import StaticConfig
+from dynadepth.model import attach, detach
+from dynadepth.provenance import provenance
+from dynadepth.removal import Damage, GreedySearch, alone
+from dynadepth.report.cells import FORMAT, SCORES, plain, read_json, write_json
+from dynadepth.routing.decision import Site
+from dynadepth.tuning import load_recipe
+
+TOKENS, STRIDE, PATIENCE = 4096, 4, 8
+"""Of importance by removal: held-out tokens read, of which every so many are compared, and candidates a greedy round.
+On a model of 135M parameters and two cores one removal takes a second or two, and 15 greedy rounds some minutes."""
+
+Scores = dict[Site, float]
+
+
+def _cosine(bench: Workbench, name: str, target: str) -> list[int]:
+    return _ascending(bench.scores(name, load_recipe(), target))
+
+
+def _alone(bench: Workbench, name: str, target: str) -> list[int]:
+    found = _Removal.read(bench, name, target)
+    if not found.alone:
+        with _measuring(bench, name, target) as damage:
+            found.alone = alone(damage, _told(bench, "alone"))
+        found.write(bench, name)
+    return _ascending(found.alone)
+
+
+def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
+    found = _Removal.read(bench, name, target)
+    search, count = found.search, max(skipped(budget, bench.n_layers) for budget in bench.settings.budgets)
+    if len(search.chosen) < count:
+        search.increase = search.increase or dict(found.alone)
+        tell = _told(bench, "greedy")
+
+        def keep(done: int, total: int) -> None:
+            found.write(bench, name)
+            tell(done, total)
+
+        with _measuring(bench, name, target) as damage:
+            search.extend(damage, count, PATIENCE, keep)
+    return [site.layer for site in search.chosen]
+
+
+ORDERS: dict[str, Callable[[Workbench, str, str], list[int]]] = {
+    "cosine": _cosine,
+    "alone": _alone,
+    "greedy": _greedy,
+    "deepest": lambda bench, name, target: list(range(bench.n_layers - 2, -1, -1)),
+    "random": lambda bench, name, target: Random(bench.settings.seed).sample(range(bench.n_layers), bench.n_layers),
+}
+"""By name: which layers are skipped, the first one first, as many as the lowest budget asks for or more. (workbench,
+row, target) -> layers."""
+
+LEFT_OUT = {"deepest": 1}
+"""Layers that an order never skips, where there are such."""
+
+
+def order_settings(order: str, bench: Workbench, name: str, target: str) -> dict[str, Any]:
+    """What a measured order depends on; nothing for the others."""
+    if order == "cosine":
+        return {"importance": bench.tuning_settings(name, load_recipe())}
+    return {"importance": _settings(bench, name, target)} if order in ("alone", "greedy") else {}
+
+
+def check_order(order: str, bench: Workbench, name: str, target: str) -> None:
+    """Raises `ConfigError` for scores that were measured with other settings."""
+    if order in ("alone", "greedy"):
+        _Removal.read(bench, name, target)
+
+
+def skipped(budget: float, n_layers: int) -> int:
+    """How many sublayers a static route skips at a budget."""
+    return round((1 - budget) * n_layers)
+
+
+def _settings(bench: Workbench, name: str, target: str) -> dict[str, Any]:
+    removal = {"target": target, "tokens": TOKENS, "stride": STRIDE, "patience": PATIENCE}
+    return plain({**bench.tuning_settings(name, load_recipe()), "removal": removal})
+
+
+@dataclass
+class _Removal:
+    """What is known of a row's importance by removal."""
+
+    settings: Mapping[str, Any]
+    alone: Scores = field(default_factory=dict)
+    search: GreedySearch = field(default_factory=GreedySearch)
+
+    @classmethod
+    def read(cls, bench: Workbench, name: str, target: str) -> _Removal:
+        """From the row's file; without one, the damages alone that another row measured with the same settings."""
+        settings, path = _settings(bench, name, target), _path(bench, name)
+        if path.exists():
+            try:
+                made, found = _parsed(path)
+            except DataError as error:
+                bench.tell(f"{error} It is measured again.")
+            else:
+                if differs := difference(made, settings):
+                    raise ConfigError(
+                        f"The scores in {path} were measured with other settings ({differs}): give another --out, or "
+                        "remove that file and the method's cells."
+                    )
+                return found
+        for other in sorted(path.parent.glob("*.json")):
+            with suppress(DataError):
+                made, found = _parsed(other)
+                if made == settings:
+                    return cls(settings, found.alone)
+        return cls(settings)
+
+    def write(self, bench: Workbench, name: str) -> None:
+        """Into the row's file."""
+        parts = {"alone": self.alone, "chosen": self.search.chosen, "increase": self.search.increase}
+        write_json(
+            _path(bench, name),
+            {
+                "format": FORMAT,
+                "settings": self.settings,
+                **{key: {str(site): score for site, score in scores.items()} for key, scores in parts.items()},
+                "provenance": provenance(seed=bench.settings.seed, dtype=bench.model.dtype),
+            },
+        )
+
+
+def _path(bench: Workbench, name: str) -> Path:
+    return bench.out / SCORES / f"{name}.json"
+
+
+def _parsed(path: Path) -> tuple[dict[str, Any], _Removal]:
+    document = read_json(path)
+    if document.get("format") != FORMAT:
+        raise DataError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}.")
+    try:
+        chosen, increase, each = (
+            {Site.parse(site): float(score) for site, score in document[key].items()}
+            for key in ("chosen", "increase", "alone")
+        )
+        settings = dict(document["settings"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: its scores cannot be read ({error!r}).") from error
+    return settings, _Removal(settings, each, GreedySearch(chosen, increase))
+
+
+@contextmanager
+def _measuring(bench: Workbench, name: str, target: str) -> Iterator[Damage]:
+    """The damage of removals from the bare model, what is removed contributing nothing."""
+    texts = bench.batches(bench.split(name, load_recipe())[0], TOKENS)
+    bench.tell("importance by removal: the dense model's answers")
+    attach(bench.model, StaticConfig(target=target, layers="all"))
+    try:
+        yield Damage(bench.model, texts, STRIDE)
+    finally:
+        detach(bench.model)
+
+
+def _told(bench: Workbench, how: str) -> Callable[[int, int], None]:
+    return lambda done, total: bench.tell(f"importance by removal, {how}: {done} of {total} sublayers")
+
+
+def _ascending(scores: Scores) -> list[int]:
+    return [site.layer for site in sorted(scores, key=lambda site: scores[site])]

@@ -1,0 +1,269 @@
+"""Rows beyond the plain ones: orders by removal, fitted skip paths, routes of other inputs, token granularity."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from runs import settings_for
+
+from dynadepth import attach, is_attached, load, recording, routing_of
+from dynadepth.errors import ConfigError, UnsupportedModelError
+from dynadepth.evaluation import evaluate
+from dynadepth.frontier import makers, orders, workbench
+from dynadepth.frontier.run import Teller, run_frontier
+from dynadepth.frontier.shuffled import deranged, giving, shuffled, watching
+from dynadepth.frontier.workbench import Workbench
+from dynadepth.methods import MindSkipConfig
+from dynadepth.removal import Damage
+from dynadepth.report.frontier_table import compared
+from dynadepth.routing.decision import Site
+from saved_model import WORDS, attach_routers, save_routers
+
+
+@pytest.fixture
+def settings(model_folder, data):
+    """Settings of these methods, without tasks."""
+
+    def made(*methods, **changes):
+        return settings_for(model_folder, data, methods=methods, **{"tasks": (), **changes})
+
+    return made
+
+
+def skipped(cell):
+    return {int(site.split(".")[0]) for site, share in cell["site_keep"].items() if share == 0}
+
+
+def forget_cells(out):
+    for path in (out / "cells").iterdir():
+        path.unlink()
+
+
+class TestOrdersByRemoval:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Routes whose damage was measured; an entry `interrupt` stops at the so-manieth."""
+        made = []
+        of = Damage.of
+
+        def counted(self, route):
+            made.append(set(route))
+            if len(made) == getattr(counted, "interrupt", None):
+                raise KeyboardInterrupt
+            return of(self, route)
+
+        monkeypatch.setattr(Damage, "of", counted)
+        made_by = type("Calls", (), {"made": made, "interrupt": lambda n: setattr(counted, "interrupt", n)})
+        return made_by
+
+    def test_they_are_measured_once_and_in_force(self, opened, settings, tmp_path, calls):
+        asked = settings("static-alone", "static-greedy")
+        found = run_frontier(*opened, asked, tmp_path)
+        assert not is_attached(opened[0])
+        assert len(calls.made) <= 4 + 1 + 3, "the greedy search knows the damages alone"
+        scores = {name: json.loads((tmp_path / "scores" / f"{name}.json").read_text()) for name in asked.methods}
+        alone = scores["static-alone"]["alone"]
+        assert set(alone) == {f"{layer}.attention" for layer in range(4)}
+        lowest = sorted(alone, key=lambda site: alone[site])
+        assert skipped(found.cells["static-alone"][0.5]) == {Site.parse(site).layer for site in lowest[:2]}
+        chosen = scores["static-greedy"]["chosen"]
+        assert skipped(found.cells["static-greedy"][0.75]) == {Site.parse(next(iter(chosen))).layer}
+        assert skipped(found.cells["static-greedy"][0.5]) == {Site.parse(site).layer for site in chosen}
+        assert scores["static-greedy"]["provenance"]["seed"] == 0
+        calls.made.clear()
+        forget_cells(tmp_path)
+        run_frontier(*opened, asked, tmp_path)
+        assert calls.made == []
+
+    def test_a_lower_budget_and_an_interrupted_search_go_on(self, opened, settings, tmp_path, calls):
+        whole = tmp_path / "whole"
+        run_frontier(*opened, settings("static-greedy", budgets=(0.25,)), whole)
+        wanted = json.loads((whole / "scores" / "static-greedy.json").read_text())["chosen"]
+        cut, file = tmp_path / "cut", tmp_path / "cut" / "scores" / "static-greedy.json"
+        calls.made.clear()
+        calls.interrupt(5)  # in the second round
+        with pytest.raises(KeyboardInterrupt):
+            run_frontier(*opened, settings("static-greedy", budgets=(0.5,)), cut)
+        assert not is_attached(opened[0])
+        assert len(json.loads(file.read_text())["chosen"]) == 1
+        calls.interrupt(None)
+        for budget, count in ((0.5, 2), (0.25, 3)):
+            calls.made.clear()
+            run_frontier(*opened, settings("static-greedy", budgets=(budget,)), cut)
+            assert {len(route) for route in calls.made} == {count}
+        assert json.loads(file.read_text())["chosen"] == pytest.approx(wanted)
+
+    def test_scores_of_other_settings_are_refused_and_damaged_ones_measured_again(
+        self, opened, settings, tmp_path, calls, monkeypatch
+    ):
+        asked = settings("static-alone", budgets=(0.5,))
+        run_frontier(*opened, asked, tmp_path)
+        forget_cells(tmp_path)
+        calls.made.clear()
+        monkeypatch.setattr(orders, "TOKENS", 100)
+        with pytest.raises(ConfigError, match=r"static-alone\.json were measured with other settings \(removal: tokens"):
+            run_frontier(*opened, asked, tmp_path)
+        assert calls.made == []
+        (tmp_path / "scores" / "static-alone.json").write_text('{"format": 1}')
+        told = []
+        run_frontier(*opened, asked, tmp_path, Teller(detail=told.append))
+        assert len(calls.made) == 4
+        assert any("static-alone.json is damaged" in line and "measured again" in line for line in told)
+
+
+def test_static_linear_is_static_with_fitted_paths(opened, settings, tmp_path, monkeypatch):
+    fits, original = [], workbench.fit_paths
+
+    def fit_paths(model, batches, progress=None):
+        fits.append(original(model, batches, progress))
+        return fits[-1]
+
+    monkeypatch.setattr(workbench, "fit_paths", fit_paths)
+    asked = settings("static", "static-linear")
+    found = run_frontier(*opened, asked, tmp_path)
+    assert len(fits) == 1
+    assert not is_attached(opened[0])
+    for budget in asked.budgets:
+        plain, linear = found.cells["static"][budget], found.cells["static-linear"][budget]
+        assert linear["site_keep"] == plain["site_keep"]
+        assert linear["text"]["kl"] != plain["text"]["kl"]
+        assert linear["text"]["flops_share"] > plain["text"]["flops_share"]
+        assert linear["tuning"]["steps"] == 0
+        assert linear["tuning"]["n_trainable"] > 0
+    model = load(opened[0], tmp_path / "routers" / "static-linear")
+    assert {str(site): share for site, share in fits[0].items()} == routing_of(model).provenance["result"]["explained"]
+    assert any(path.write.abs().sum() > 0 for path in routing_of(model).paths().values())
+
+
+def test_fitted_paths_are_used_again_where_settings_are_the_same(opened, settings, tmp_path, monkeypatch):
+    asked = settings("static-linear", budgets=(0.5,))
+    run_frontier(*opened, asked, tmp_path)
+    forget_cells(tmp_path)
+    monkeypatch.setattr(workbench, "fit_paths", lambda *_: pytest.fail("fitted again"))
+    run_frontier(*opened, asked, tmp_path)
+    forget_cells(tmp_path)
+    monkeypatch.setattr(workbench, "FIT_TOKENS", 50)
+    with pytest.raises(ConfigError, match=r"static-linear were made with other settings \(fit: tokens is 32768 there"):
+        run_frontier(*opened, asked, tmp_path)
+
+
+@pytest.fixture
+def varied(tmp_path):
+    """Texts and a task whose inputs differ, as settings."""
+    text = " ".join(" ".join([WORDS[i % 25], WORDS[(5 * i + 3) % 25], "the"] * 350) for i in range(5))
+    (tmp_path / "varied.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+    words = ("why", "class", "function", "sky")
+    rows = [{"query": " ".join([w] * 6), "choices": ["blue", "sky is"], "gold": 0} for w in words]
+    (tmp_path / "tasks" / "beta.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {
+        "perplexity": (str(tmp_path / "varied.txt"),), "max_windows": 5, "tasks": ("beta",),
+        "task_data": str(tmp_path / "tasks"),
+    }  # fmt: skip
+
+
+class TestShuffled:
+    def test_nobody_keeps_the_own_route(self):
+        routes = {(number,): {Site(0, "attention"): number} for number in range(7)}
+        others = deranged(routes, seed=3)
+        assert set(others) == set(routes)
+        assert all(others[prompt] != route for prompt, route in routes.items())
+        assert {tuple(route.values()) for route in others.values()} == {tuple(route.values()) for route in routes.values()}
+        assert others == deranged(routes, seed=3)
+        assert others != deranged(routes, seed=4)
+
+    def test_every_input_takes_the_route_of_another(self, opened, varied):
+        model, tokenizer = opened
+        attach_routers(model)
+        inputs = {**varied, "with_rows": True, "compare_dense": True}
+        (file,) = varied["perplexity"]
+        with watching(model) as chosen:
+            before = evaluate(model, tokenizer, **inputs)
+        assert len(chosen) == 4 + 5  # contexts of the task, then windows
+        first, *_ = windows = list(chosen)[4:]
+        others = deranged(chosen, seed=0) | {first: chosen[first]}
+        with giving(model, others), watching(model) as seen:
+            after = evaluate(model, tokenizer, **inputs)
+        assert seen == others
+        same = [chosen[prompt] == others[prompt] for prompt in windows]
+        assert same[0]
+        assert not all(same)
+        for kind in ("perplexity", "kl"):
+            was, now = (found["rows"][kind][file] for found in (before, after))
+            assert [a == pytest.approx(b, rel=1e-6) for a, b in zip(was, now, strict=True)] == same
+        with watching(model) as again:
+            evaluate(model, tokenizer, **inputs)
+        assert again == chosen, "the routers decide again"
+
+    def test_generation_keeps_the_given_route(self, opened):
+        model, _ = opened
+        attach_routers(model)
+        ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+        inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "max_new_tokens": 4, "min_new_tokens": 4}
+        with watching(model) as chosen:
+            model.generate(**inputs)
+        assert list(chosen) == [(5, 6, 7), (8, 9, 10, 11, 12)]
+        sites = routing_of(model).sites
+        given = {prompt: dict.fromkeys(sites, row == 0) for row, prompt in enumerate(chosen)}
+        with giving(model, given), recording() as record:
+            model.generate(**inputs)
+        assert [set(row.values()) for row in record._sequences("decode")] == [{1.0}, {0.0}]
+
+    def test_the_row(self, opened, settings, varied, model_folder, tmp_path, monkeypatch):
+        routers = save_routers(tmp_path / "random", model_folder)
+        monkeypatch.setattr(Workbench, "routers", lambda *_: routers)
+        asked = settings("default-shuffled", budgets=(0.5,), bench=True, **varied)
+        found = run_frontier(*opened, asked, tmp_path / "out")
+        assert [row["name"] for row in found.methods] == ["dense", "default", "default-shuffled"]
+        own, cell = found.cells["default"][0.5], found.cells["default-shuffled"][0.5]
+        assert own["routes"]["distinct"] > 1
+        assert cell["text"]["keep_ratio"] == pytest.approx(own["text"]["keep_ratio"])
+        assert cell["site_keep"] == pytest.approx(own["site_keep"])
+        assert cell["routes"] == own["routes"]
+        assert cell["shuffled"]["texts"]["inputs"] == 5
+        assert 0 < cell["shuffled"]["texts"]["changed"] <= 5
+        assert cell["shuffled"]["tasks"]["inputs"] == 4
+        assert (cell["kinds"], cell["samples"], cell["speed"]) == ({}, [], [])
+        beside = cell["against"]
+        assert beside["row"] == "default"
+        ratio = cell["text"]["perplexity"]["varied.txt"]["ppl"] / own["text"]["perplexity"]["varied.txt"]["ppl"]
+        assert beside["perplexity"]["varied.txt"]["value"] == pytest.approx(ratio)
+        assert beside["kl"]["varied.txt"]["value"] == pytest.approx(cell["text"]["kl"] - own["text"]["kl"])
+        (sentence,) = compared(found)
+        assert sentence.startswith(f"default-shuffled at 0.5: perplexity {ratio:.3f} × that of default (95 % ")
+        assert f"{cell['shuffled']['texts']['changed']} of 5 windows had another route" in sentence
+
+    def test_tokens_have_no_route(self, opened, settings):
+        model, tokenizer = opened
+        attach(model, MindSkipConfig(granularity="token"))
+        with pytest.raises(AssertionError, match="belongs to a sequence"):
+            shuffled(model, tokenizer, settings("default"), print)
+
+
+def test_the_default_recipe_by_token(opened, settings, tmp_path):
+    found = run_frontier(*opened, settings("default-token", budgets=(0.5,)), tmp_path)
+    cell = found.cells["default-token"][0.5]
+    assert cell["granularity"] == "token"
+    assert cell["provenance"]["routers"]["config"]["skip_path"] == "linear"
+    assert cell["tuning"]["steps"] > 0
+    assert cell["text"]["keep_ratio"]["all"] == pytest.approx(0.5, abs=0.05)
+    assert cell["text"]["kv_share"] == 1.0, "skipped tokens keep their keys and values"
+    assert (cell["routes"]["distinct"], cell["routes"]["entropy"]) == (None, None)
+    assert 0 <= cell["routes"]["agreement"] <= 1
+    assert all("".join(piece for piece, _ in sample["depth"]) == sample["text"] for sample in cell["samples"])
+
+
+def test_a_method_that_the_model_cannot_have_is_said_and_left_out(opened, settings, tmp_path, monkeypatch):
+    def refusing(model, config):
+        if config.granularity == "token":
+            raise UnsupportedModelError("no keys and values of skipped tokens")
+        return attach(model, config)
+
+    monkeypatch.setattr(makers, "attach", refusing)
+    told = []
+    found = run_frontier(*opened, settings("default-token", "random", budgets=(0.5,)), tmp_path, Teller(told.append))
+    assert [row["name"] for row in found.methods] == ["dense", "random"]
+    assert told[0] == "default-token is left out: no keys and values of skipped tokens"
+    assert found.problems == []
