@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynadepth.architectures import decoder_layers
 from dynadepth.architectures.probe import quietly
-from dynadepth.budget import Batches
+from dynadepth.budget import Batches, forward
 from dynadepth.model import disabled, fixed_routes
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
@@ -67,8 +67,9 @@ class Damage:
         if skip == self._settled:
             return
         with self._skipping(skip):
-            for number in range(len(self.batches)):
-                self._logits(number, self._lowest_change(skip), keep=True)
+            for number, batch in enumerate(self.batches):
+                with self._running(number, self._lowest_change(skip), keep=True):
+                    forward(self.model, batch)
         self._settled = skip
 
     def _skipping(self, skip: frozenset[Site]) -> Any:
@@ -78,28 +79,34 @@ class Damage:
         return min((site.layer for site in skip ^ self._settled), default=len(self._layers))
 
     def _logits(self, number: int, first: int, keep: bool = False) -> Tensor:
-        """`[N, V]` of a batch at the compared positions that are real, in the model's dtype; layers below `first`
-        give what is remembered of them, and with `keep` the others are remembered."""
+        """`[N, V]` of a batch at the compared positions that are real, in the model's dtype; see `_running`."""
         base: Any = unwrapped(self.model)
         batch = self.batches[number]
         device = next(base.parameters()).device
         mask = batch["attention_mask"].to(device)
         columns = torch.arange(self.stride - 1, mask.shape[1], self.stride, device=device)
         given = {"input_ids": batch["input_ids"].to(device), "attention_mask": mask, "use_cache": False}
+        with self._running(number, first, keep):
+            if "logits_to_keep" in inspect.signature(base.forward).parameters:
+                logits = base(**given, logits_to_keep=columns).logits
+            else:
+                logits = base(**given).logits[:, columns]
+        return logits[mask[:, columns].bool()]
+
+    @contextmanager
+    def _running(self, number: int, first: int, keep: bool) -> Iterator[None]:
+        """Inside the block layers below `first` give what is remembered of them for a batch; with `keep`, what the
+        others give is remembered."""
         found: list[Any] = []
         hooks = [layer.register_forward_hook(_kept(found)) for layer in self._layers] if keep else []
         try:
-            with quietly(base), _replayed(self._layers, self._outputs[number][:first]):
-                if "logits_to_keep" in inspect.signature(base.forward).parameters:
-                    logits = base(**given, logits_to_keep=columns).logits
-                else:
-                    logits = base(**given).logits[:, columns]
+            with quietly(unwrapped(self.model)), _replayed(self._layers, self._outputs[number][:first]):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
         if keep:
             self._outputs[number] = found
-        return logits[mask[:, columns].bool()]
 
 
 def _kept(found: list[Any]) -> Callable[..., None]:

@@ -127,6 +127,37 @@ def test_texts_are_escaped(folder):
     assert "&lt;script&gt;alert(1)" in text
 
 
+def test_answers_with_more_depth_and_deeper_tokens_are_marked(folder):
+    path = folder / "cells" / "random@0.75.json"
+    cell = json.loads(path.read_text())
+    for sample, share in zip(cell["samples"], (0.5, 0.5, 1.0, 0.5), strict=True):
+        sample["keep_ratio"]["all"] = share
+    cell["samples"][1]["depth"] = [["<b>", 0.25], ["deep", 1.0], [" end", None]]
+    path.write_text(json.dumps(cell))
+    text = render(read_folder(folder))
+    assert text.count("▲") == 2  # the answer, and the legend
+    assert re.search(r'class="soft more">▲ 100% of all, \d+% of the routed sites; its mean: 62%<', text)
+    assert '&lt;b&gt;<span class="shade4">deep</span> end</p>' in text
+    assert "Shaded: tokens that more sites executed for" in text
+
+
+def test_rows_are_set_beside_the_one_they_belong_to(folder):
+    path = folder / "cells" / "random@0.75.json"
+    cell = json.loads(path.read_text())
+    interval = {"value": 1.0625, "low": 1.01, "high": 1.1}
+    cell["against"] = {"row": "static", "perplexity": {"text.txt": interval}, "kl": {"text.txt": interval}}
+    cell["shuffled"] = {"texts": {"inputs": 16, "changed": 12}}
+    cell["routes"] = {"distinct": 12, "sequences": 64, "entropy": 2.125, "agreement": 0.96}
+    path.write_text(json.dumps(cell))
+    text = " ".join(Page(render(read_folder(folder))).text)
+    assert (
+        "random at 0.75: perplexity 1.062 × that of static (95 % 1.010 to 1.100), KL +1.0625 (+1.0100 to +1.1000); "
+        "12 of 16 windows had another route." in text
+    )
+    assert "12 of 64, 2.1 bits, 96 % alike" in text
+    assert "one for all 2" in text
+
+
 def test_damaged_and_missing_parts_are_named_and_the_rest_is_shown(folder, run):
     (folder / "cells" / "static@0.5.json").write_text("{")
     (folder / "cells" / "random@0.5.json").unlink()
@@ -154,7 +185,7 @@ def test_parts_may_be_missing(folder, left):
     assert all(problem.replace("'", "&#39;") in text for problem in found.problems)
 
 
-@pytest.mark.parametrize("part", ["against_dense", "tasks", "speed", "provenance", "routes", "granularity"])
+@pytest.mark.parametrize("part", ["against_dense", "against", "tasks", "speed", "provenance", "routes", "granularity"])
 def test_figures_may_be_missing_in_cells(folder, part):
     for path in (folder / "cells").iterdir():
         cell = json.loads(path.read_text())

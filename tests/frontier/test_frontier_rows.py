@@ -103,7 +103,9 @@ class TestOrdersByRemoval:
         forget_cells(tmp_path)
         calls.made.clear()
         monkeypatch.setattr(orders, "TOKENS", 100)
-        with pytest.raises(ConfigError, match=r"static-alone\.json were measured with other settings \(removal: tokens"):
+        with pytest.raises(
+            ConfigError, match=r"static-alone\.json were measured with other settings \(removal: tokens"
+        ):
             run_frontier(*opened, asked, tmp_path)
         assert calls.made == []
         (tmp_path / "scores" / "static-alone.json").write_text('{"format": 1}')
@@ -170,7 +172,9 @@ class TestShuffled:
         others = deranged(routes, seed=3)
         assert set(others) == set(routes)
         assert all(others[prompt] != route for prompt, route in routes.items())
-        assert {tuple(route.values()) for route in others.values()} == {tuple(route.values()) for route in routes.values()}
+        assert {tuple(route.values()) for route in others.values()} == {
+            tuple(route.values()) for route in routes.values()
+        }
         assert others == deranged(routes, seed=3)
         assert others != deranged(routes, seed=4)
 

@@ -85,6 +85,15 @@ def test_everything_is_on_it():
     assert "the static twin is better" in text
 
 
+def test_answers_with_more_depth_are_marked():
+    samples = [{"prompt": str(n), "answers": {"routed": answer("Yes.", {"1.attention": 1.0})}} for n in range(2)]
+    samples[1]["answers"]["routed"]["keep_ratio"]["all"] = 0.9
+    text = render(results(samples=samples))
+    assert text.count('class="soft more">▲ 90% of all, 100% of the routed sites; its mean: 80%<') == 1
+    assert text.count("▲") == 2  # with the legend
+    assert ">70% of all, 100% of the routed sites<" in text
+
+
 def test_light_and_dark_and_phones():
     text = render(results())
     assert "prefers-color-scheme: dark" in text

@@ -27,7 +27,7 @@ from dynadepth.tuning import load_recipe
 
 TOKENS, STRIDE, PATIENCE = 4096, 4, 8
 """Of importance by removal: held-out tokens read, of which every so many are compared, and candidates a greedy round.
-On a model of 135M parameters and two cores one removal takes a second or two, and 15 greedy rounds some minutes."""
+With 135M parameters on two cores one removal takes a few seconds, and 15 greedy rounds five to ten minutes."""
 
 Scores = dict[Site, float]
 
