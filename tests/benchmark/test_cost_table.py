@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynadepth.benchmark.cost_table import CostTable, Times, Workload
@@ -52,6 +52,7 @@ def test_a_table_is_read_back_as_it_was_written(costs):
 
 
 @given(st.floats(0.1, 1), st.floats(0.01, 0.9), st.floats(0, 1), st.floats(1, 2))
+@example(saved=0.55, rest=0.42, keep=0.0, overhead=1.0)  # the speed-up of skipping all, rounded up
 def test_of_linear_times_nothing_is_lost(saved, rest, keep, overhead):
     """Round trip: the speed-up of a keep ratio asks for that keep ratio."""
     dense = rest + saved

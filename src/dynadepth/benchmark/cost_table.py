@@ -80,17 +80,18 @@ class CostTable:
         """Time of the dense call over that of the routed one at a keep ratio of the routed sites."""
         keep = min(keep, 1.0)
         (low, fast), (high, slow) = next(pair for pair in pairwise(self.curve) if keep <= pair[1][0])
-        seconds = fast + (slow - fast) * (keep - low) / (high - low)
+        share = (keep - low) / (high - low)
+        seconds = fast * (1 - share) + slow * share  # exact at both ends
         return self.workload.seconds(self.dense) / seconds
 
     def keep_for(self, times: float) -> float | None:
         """The largest keep ratio at which the call is `times` as fast as dense; None where none is."""
-        allowed = self.workload.seconds(self.dense) / times
+        allowed = self.workload.seconds(self.dense) / times * (1 + 1e-12)  # the best one is reached, rounded or not
         for (low, fast), (high, slow) in reversed(list(pairwise(self.curve))):
             if slow <= allowed:
                 return high
             if fast <= allowed:
-                return low + (high - low) * (allowed - fast) / (slow - fast)
+                return low + (high - low) * min(1.0, (allowed - fast) / (slow - fast))
         return None
 
     def to_dict(self) -> dict[str, Any]:
