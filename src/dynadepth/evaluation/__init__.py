@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation.files import read_text, with_window
 from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, protocol
-from dynadepth.evaluation.statistics import paired_bootstrap
 from dynadepth.model import disabled
 from dynadepth.routed import is_attached
 from dynadepth.routing.recorder import Recorder, recording
+from dynadepth.statistics import paired_bootstrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """A model's scores against another's (the dense model's, or its twin's), row by row: what a difference is worth.
 
 Rows are the scores behind the means, as `evaluate(..., with_rows=True)` gives them. Intervals are 95 % percentiles of a
-paired bootstrap (`statistics.paired_bootstrap`): rows are drawn with replacement, the same ones for both models.
+paired bootstrap (`dynadepth.statistics`): rows are drawn with replacement, the same ones for both models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dynadepth.evaluation.statistics import paired_bootstrap
+from dynadepth.statistics import paired_bootstrap
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
 

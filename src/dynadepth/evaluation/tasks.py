@@ -17,7 +17,7 @@ from typing import Any
 from dynadepth.errors import DataError, DynadepthError, did_you_mean
 from dynadepth.evaluation.files import TABLE_SUFFIXES, Row, is_table, read_rows, stem
 from dynadepth.evaluation.formats import format_of, usual_metric
-from dynadepth.evaluation.statistics import standard_error
+from dynadepth.statistics import standard_error
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 """The bundled task: 160 short questions of four choices, so that a machine without data can be shown something."""

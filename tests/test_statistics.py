@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dynadepth.evaluation.statistics import paired_bootstrap, standard_error
+from dynadepth.statistics import paired_bootstrap, standard_error
 
 
 def test_standard_error_of_a_proportion():
