@@ -247,10 +247,11 @@ def fixed_routes(model: nn.Module, decisions: Mapping[Site, Injection]) -> Itera
 
 
 def set_budget(model: nn.Module, **budgets: float) -> None:
-    """Lets the share `attention=0.75` of *all* sublayers of the target execute, by moving the routers' thresholds.
+    """Lets the share `attention=0.75` of *all* sublayers of the target execute: by moving the routers' thresholds, or,
+    of a static route with an order, by skipping the first sublayers of that order, the nearest whole number of them.
 
     1.0 executes everything. Raises BudgetError for a share outside (0, 1], one below what the routed sites can reach,
-    or routers without calibration (`dynadepth.budget.calibrate`).
+    routers without calibration (`dynadepth.budget.calibrate`), or a static route without an order.
     """
     routing = routing_of(model)
     name = routing.target.name
@@ -260,19 +261,24 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
         )
     budget = check_budget(budgets[name], routing)
     check_adjustable(routing)
-    keep = routing.keep_of(budget)
-    threshold = float("-inf") if keep >= 1 else calibration_of(routing, f"budget {budget}").threshold(keep)
-    set_threshold(routing.routers().values(), threshold)
-    for router in routing.routers().values():
-        router.asked = keep < 1
+    route = routing.config.at_budget(budget, routing.n_layers)
+    if route is not None:
+        routing.follow(route, text_config(unwrapped(model)).hidden_size)
+    else:
+        keep = routing.keep_of(budget)
+        threshold = float("-inf") if keep >= 1 else calibration_of(routing, f"budget {budget}").threshold(keep)
+        set_threshold(routing.routers().values(), threshold)
+        for router in routing.routers().values():
+            router.asked = keep < 1
     routing.budget, routing.speedup = budget, None
 
 
 def check_adjustable(routing: Routing) -> None:
-    """Raises BudgetError for routers whose decisions no threshold changes."""
-    if any(router.constant is not None for router in routing.routers().values()):
+    """Raises BudgetError for a static route without an order, which no budget changes."""
+    if routing.is_static and routing.config.at_budget(1.0, routing.n_layers) is None:
         raise BudgetError(
-            f"A {routing.config.name} route is what it is: attach one with another skip instead of setting a budget."
+            f"A {routing.config.name} route is what it is: attach one with another skip instead of setting a budget, "
+            "or one with an order, which budgets follow."
         )
 
 

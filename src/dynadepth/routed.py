@@ -36,7 +36,7 @@ class Routing:
     states: dict[Site, SublayerState] = field(default_factory=dict)
     calibration: Calibration | None = None
     budget: float | None = None
-    """The budget last set, of all sublayers of the target; None: the routers' own thresholds."""
+    """The budget last set, of all sublayers of the target; None: the routers' own thresholds, or a route as given."""
     speedup: dict[str, Any] | None = None
     """The speed-up that this budget was solved from, and how; None where the budget itself was asked for."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +54,11 @@ class Routing:
     def layout(self) -> tuple[Any, ...]:
         """What tells whether a cache filled under one routing can be continued under another."""
         return (self.sites, self.granularity.name, self.sparse_layers)
+
+    @property
+    def is_static(self) -> bool:
+        """Is every router constant, so that the configuration alone says what runs?"""
+        return all(router.constant is not None for router in self.routers().values())
 
     @property
     def trainable(self) -> bool:
@@ -90,6 +95,12 @@ class Routing:
                 part.load_state_dict({name: left.pop(f"{site}.{infix}{name}") for name in part.state_dict()})
         if left:
             raise ValueError(f"tensors of unknown sites {sorted(left)}")
+
+    def follow(self, config: DepthConfig, hidden_size: int) -> None:
+        """Takes over a configuration of the same sites whose routers are constant: they decide what it says."""
+        for site, router in self.routers().items():
+            router.constant = config.build_router(site, hidden_size).constant
+        self.config = config
 
     def take_paths(self, other: Routing) -> None:
         """Copies another routing's skip paths of the same sites, in their dtype."""

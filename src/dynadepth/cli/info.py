@@ -64,14 +64,35 @@ def show_routers(folder: str, description: dict[str, Any]) -> None:
     for target, routed in layers.items():
         rows.append((f"sites, {target}", f"{len(routed)} of {n_layers}: layers {layer_ranges(routed)}"))
     rows.append(("router parameters", f"{description['parameters']:,}"))
-    budget, budgets = description["budget"], description["budgets"]
-    rows.append(("budget", "the method's own threshold" if budget is None else percent(budget)))
-    if budgets is None:
-        rows.append(("calibrated budgets", "none: only budget 1.0 can be set"))
-    else:
-        measured = f"{percent(budgets[0])} to {percent(budgets[1])}, on {description['calibrated_on']} prompts"
-        rows.append(("calibrated budgets", measured))
+    rows.append(("skip path parameters", f"{description['path_parameters']:,}"))
+    rows += _budgets(description) if "skip" not in config else _route(description)
     out().print(facts(f"Routers in {folder}", [*rows, *_provenance(description["provenance"])]))
+
+
+def _budgets(description: dict[str, Any]) -> list[tuple[str, object]]:
+    """The budget in force, and those at which thresholds were measured."""
+    budget, budgets = description["budget"], description["budgets"]
+    measured = "none: only budget 1.0 can be set"
+    if budgets is not None:
+        measured = f"{percent(budgets[0])} to {percent(budgets[1])}, on {description['calibrated_on']} prompts"
+    in_force = "the method's own threshold" if budget is None else percent(budget)
+    return [("budget", in_force), ("calibrated budgets", measured)]
+
+
+def _route(description: dict[str, Any]) -> list[tuple[str, object]]:
+    """What a static route skips, and how far down its order reaches."""
+    from dynadepth.report.info import layer_ranges
+
+    config, budget, n_layers = description["config"], description["budget"], description["layers"]
+    rows: list[tuple[str, object]] = [
+        ("budget", "a route as it was given" if budget is None else percent(budget)),
+        ("skips layers", layer_ranges(config["skip"]) or "none"),
+    ]
+    order = config.get("order")
+    if not order:
+        return [*rows, ("budgets", "none can be set: the route has no order")]
+    lowest = percent((n_layers - len(order)) / n_layers)
+    return [*rows, ("order", f"{', '.join(map(str, order))} (skipped first to last)"), ("budgets", f"from {lowest} on")]
 
 
 def _granularity(config: dict[str, Any]) -> str:

@@ -22,11 +22,11 @@ KV_POLICIES = ("project", "drop")
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """The value of a setting that lists layers, sorted; ConfigError unless it is distinct whole numbers."""
+    """The value of a setting that lists layers, as it is; ConfigError unless it is distinct whole numbers."""
     numbers = tuple(value) if isinstance(value, Iterable) else (None,)
     if any(type(i) is not int for i in numbers) or len(set(numbers)) != len(numbers):
         raise ConfigError(f"{name} must be distinct whole numbers, not {value!r}.")
-    return tuple(sorted(numbers))
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DepthConfig(ABC):
         if type(self.skip_rank) is not int or self.skip_rank < 1:
             raise ConfigError(f"skip_rank must be a whole number of at least 1, not {self.skip_rank!r}.")
         if self.layers is not None and self.layers != "all":
-            layers = whole_numbers("layers", self.layers)
+            layers = tuple(sorted(whole_numbers("layers", self.layers)))
             if not layers:
                 raise ConfigError("layers must name at least one layer; None stands for the method's default.")
             object.__setattr__(self, "layers", layers)
@@ -76,6 +76,11 @@ class DepthConfig(ABC):
     def build_router(self, site: Site, hidden_size: int) -> AbstractRouter:
         """A new router for one site."""
 
+    def at_budget(self, budget: float, n_layers: int) -> DepthConfig | None:
+        """This configuration with the constant routers that hold `budget`, a share of all sublayers of the target;
+        None where no configuration does, as where thresholds hold it."""
+        return None
+
     def depth_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None:
         """The method's auxiliary loss of one forward: float32 scalar; `weights` `[B]` sum to one over the optimiser
         step."""
@@ -86,11 +91,16 @@ class DepthConfig(ABC):
         return {"method": self.name, **dataclasses.asdict(self)}
 
 
+def method_named(method: str) -> type[DepthConfig]:
+    """The configuration class of a method; ConfigError with the near names for an unknown one."""
+    return named_subclass(DepthConfig, method, package="dynadepth.methods")  # type: ignore[type-abstract]
+
+
 def config_from_dict(data: dict[str, Any]) -> DepthConfig:
     """The configuration written by `to_dict`. Unknown methods and settings are errors that name the near ones."""
     values = dict(data)
     method = str(values.pop("method", ""))
-    kind = named_subclass(DepthConfig, method, package="dynadepth.methods")  # type: ignore[type-abstract]
+    kind = method_named(method)
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:

@@ -1,8 +1,13 @@
-"""Static routes: the same sublayers are skipped for every input. The baseline that dynamic routing has to beat."""
+"""Static routes: the same sublayers are skipped for every input. The baseline that dynamic routing has to beat, and
+what serves where it does not.
+
+`order` gives a route a dial: a budget skips the first layers of the order, in the nearest whole number, and executes
+everything else. Without one, `skip` is a bare fixed route.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynadepth.errors import ConfigError
 from dynadepth.methods.config import DepthConfig, whole_numbers
@@ -17,18 +22,35 @@ class StaticConfig(DepthConfig):
     name = "static"
 
     skip: tuple[int, ...] = ()
-    """Layers whose target is skipped."""
+    """Layers whose target is skipped. With an `order` they are its first ones: the route in force."""
+    order: tuple[int, ...] = ()
+    """Layers in the order in which lower budgets skip them, the first one first; none: no budget can be set."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "skip", whole_numbers("skip", self.skip))
+        object.__setattr__(self, "skip", tuple(sorted(whole_numbers("skip", self.skip))))
+        object.__setattr__(self, "order", whole_numbers("order", self.order))
         if isinstance(self.layers, tuple) and not set(self.skip) <= set(self.layers):
             missing = sorted(set(self.skip) - set(self.layers))
             raise ConfigError(f"skip names layers {missing} that are not among the routed layers {list(self.layers)}.")
+        if not self.order:
+            return
+        if self.layers is not None:
+            raise ConfigError(f"order says which layers are routed: leave layers out, which is {self.layers!r}.")
+        first = self.order[: len(self.skip)]
+        if set(self.skip) != set(first):
+            raise ConfigError(
+                f"skip {list(self.skip)} and order {list(self.order)} contradict each other: an order skips its first "
+                f"layers, of this number {sorted(first)}; leave skip out and set a budget, or leave the order out."
+            )
 
     def default_layers(self, n_layers: int) -> tuple[int, ...]:
-        """Only what is skipped needs routing."""
-        return self.skip or tuple(range(n_layers))
+        """Only what is skipped, or may be, needs routing."""
+        return tuple(sorted(self.order)) or self.skip or tuple(range(n_layers))
+
+    def at_budget(self, budget: float, n_layers: int) -> StaticConfig | None:
+        """Skips the first `round((1 - budget) * n_layers)` layers of the order; None without an order."""
+        return replace(self, skip=self.order[: round((1 - budget) * n_layers)]) if self.order else None
 
     def build_router(self, site: Site, hidden_size: int) -> AbstractRouter:
         return ConstantRouter(execute=site.layer not in self.skip)

@@ -12,6 +12,7 @@ from dynadepth.methods import MindSkipConfig
 from dynadepth.model import attach, detach
 from dynadepth.report.stamp import model_facts
 from dynadepth.routing.decision import Site
+from dynadepth.routing.sublayer import PATH
 from dynadepth.routing.target import target_named
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
 def describe_routers(directory: str | Path) -> dict[str, Any]:
     """Facts of saved routers: for which model, sites, parameters, the calibrated range of budgets, provenance.
 
-    `budgets`: lowest and highest share of all sublayers of the target at which thresholds were measured, or None.
+    `parameters`, `path_parameters`: numbers in routers, and in skip paths. `budgets`: lowest and highest share of all
+    sublayers of the target at which thresholds were measured, or None.
     """
     document, tensors = adapter.read(Path(directory))
     sites = [Site.parse(text) for text in document.get("sites", [])]
@@ -66,12 +68,17 @@ def describe_routers(directory: str | Path) -> dict[str, Any]:
         "config": document["config"],
         "sites": [str(site) for site in sites],
         "layers": n_layers,
-        "parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith("threshold")),
+        "parameters": sum(t.numel() for name, t in tensors.items() if not _is_path(name) | name.endswith("threshold")),
+        "path_parameters": sum(t.numel() for name, t in tensors.items() if _is_path(name)),
         "budget": document.get("budget"),
         "budgets": budgets,
         "calibrated_on": (document.get("calibration") or {}).get("n_sequences"),
         "provenance": document.get("provenance") or {},
     }
+
+
+def _is_path(name: str) -> bool:
+    return PATH in name.split(".")
 
 
 def layer_ranges(layers: list[int]) -> str:
