@@ -6,7 +6,8 @@ Everything here looks at prompts only: `batches` are dicts with `input_ids` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +119,21 @@ def static_skip(scores: dict[Site, float], budget: float, n_layers: int) -> tupl
     count = round((1 - budget) * n_layers)
     if count > len(scores):
         raise BudgetError(f"budget {budget} asks to skip {count} sublayers, but only {len(scores)} are scored.")
-    return tuple(sorted(site.layer for site in sorted(scores, key=lambda site: scores[site])[:count]))
+    return tuple(sorted(in_order(scores)[:count]))
+
+
+def in_order(scores: Mapping[Site, float]) -> tuple[int, ...]:
+    """The layers of scored sites, the least important first: the order in which a static route skips them."""
+    return tuple(site.layer for site in sorted(scores, key=lambda site: scores[site]))
+
+
+def mixture(keep: float, n_layers: int, most: int) -> list[tuple[int, float]]:
+    """(count skipped, share of the inputs): the one or two whole counts, at most `most`, whose mean keep ratio of
+    `n_layers` sublayers is exactly `keep`."""
+    skipped = min((1 - keep) * n_layers, float(most))
+    low = math.floor(skipped + 1e-6)
+    share = skipped - low
+    return [(low, 1.0)] if share < 1e-3 else [(low, 1 - share), (low + 1, share)]
 
 
 def calibrate(

@@ -143,6 +143,8 @@ def test_samples_that_are_all_too_long(refused, model_folder, tmp_path):
         (["--target", "atention"], "'attention'"),
         (["--granularity", "word"], "'word'"),
         (["--kv-policy", "keep"], "'keep'"),
+        (["--method", "auto", "--recipe", "mindskip-paper"], "'mindskip-paper' cannot choose"),
+        (["--method", "static", "--recipe", "mindskip-paper"], "A static route needs an order"),
         (["--max-samples", "0"], "--max-samples must be at least 1, not 0"),
     ],
 )

@@ -173,13 +173,18 @@ def test_info_of_routers(run, routers_folder):
         assert part in result.stdout
 
 
-def test_tune_saves_routers_and_names_the_next_command(run, model_folder, tmp_path):
-    data = tmp_path / "data.jsonl"
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "data.jsonl"
     rows = [
         {"prompt": f"why is the {word}", "completion": " the sky is blue"}
         for word in ("sky", "class", "object", "function") * 4
     ]
-    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def test_tune_saves_routers_and_names_the_next_command(run, model_folder, data, tmp_path):
     out = tmp_path / "routers"
     result = run(
         "tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 12, "--seed", 3
@@ -193,3 +198,70 @@ def test_tune_saves_routers_and_names_the_next_command(run, model_folder, tmp_pa
     again = run("info", out)
     assert again.exit_code == 0
     assert "default" in again.stdout
+
+
+@pytest.fixture
+def route_folder(run, model_folder, data, tmp_path) -> Path:
+    """A static route tuned by the command."""
+    out = tmp_path / "route"
+    result = run(
+        "tune", model_folder, "--out", out, "--data", data, "--method", "static", "--budget", "0.75",
+        "--max-samples", 12,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_static_route_is_tuned_scored_and_described_like_routers(
+    run, answered, model_folder, route_folder, text_file, tmp_path
+):
+    saved = json.loads((route_folder / "routing_config.json").read_text(encoding="utf-8"))
+    assert saved["config"]["method"] == "static"
+    assert (saved["config"]["skip_path"], saved["config"]["skip_rank"]) == ("linear", 64)  # the recipe's
+    order = saved["config"]["order"]
+    assert sorted(order) == list(range(N_LAYERS))
+    assert (saved["budget"], saved["calibration"]) == (0.75, None)
+    with_routers = (model_folder, "--routers", route_folder)
+    for budget, skipped in (("0.75", 1), ("0.5", 2), (None, 1)):
+        options = [] if budget is None else ["--budget", budget]
+        document, _ = answered("generate", *with_routers, *options, "--prompt", "why is", "--max-new-tokens", 2)
+        route = document["outputs"][0]["route"]
+        assert {site for site, on in route.items() if not on} == {f"{layer}.attention" for layer in order[:skipped]}
+    document, _ = answered("eval", *with_routers, "--budget", "0.25", "--perplexity", text_file)
+    assert document["keep_ratio"]["all"] == 0.25
+    document, _ = answered(
+        "bench", *with_routers, "--budget", "0.5", "--context", 16, "--new-tokens", 2, "--repeats", 1
+    )  # fmt: skip
+    cell = document["cells"][0]
+    assert (cell["variant"], cell["keep_ratio"]) == ("routed", 0.5)
+    assert cell["pruned_s"] is not None
+    described = run("info", route_folder).stdout
+    words = " ".join(described.split())
+    for part in (
+        "method static", "router parameters 0", "skip path parameters", "budget 75.0 %", f"skips layers {order[0]}",
+        f"order {', '.join(map(str, order))} (skipped first to last)", "budgets from 0.0 % on",
+    ):  # fmt: skip
+        assert part in words, part
+
+
+def test_info_of_a_bare_route(run, model_folder, tmp_path):
+    import dynadepth
+    from dynadepth import hub
+
+    dynadepth.save(dynadepth.attach(hub.load_model(model_folder), dynadepth.StaticConfig(skip=(2,))), tmp_path / "one")
+    words = " ".join(run("info", tmp_path / "one").stdout.split())
+    assert "budget a route as it was given skips layers 2 budgets none can be set: the route has no order" in words
+
+
+def test_tune_can_choose(run, model_folder, data, tmp_path):
+    out = tmp_path / "chosen"
+    result = run("tune", model_folder, "--out", out, "--data", data, "--method", "auto", "--max-samples", 12)
+    assert result.exit_code == 0, result.output
+    saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
+    choice = saved["provenance"]["result"]["choice"]
+    assert [row["budget"] for row in choice["by_budget"]] == [0.875, 0.75, 0.625, 0.5]
+    assert saved["config"]["method"] == {"static": "static", "routers": "mindskip"}[choice["chosen"]]
+    sentence = f"chosen: {choice['chosen']} ({choice['why']})"
+    assert sentence in " ".join(result.stdout.split())
+    assert "4 budgets, 1 held-out text)" in sentence
+    assert f"chosen {choice['chosen']} ({choice['why']})" in " ".join(run("info", out).stdout.split())

@@ -34,7 +34,16 @@ def test_an_order_stays_in_its_order_and_says_what_is_routed() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "skipped"),
-    [(1.0, ()), (0.9, ()), (0.8, (2,)), (0.75, (2,)), (0.6, (0, 2)), (0.5, (0, 2)), (0.26, (0, 2, 3)), (0.25, (0, 2, 3))],
+    [
+        (1.0, ()),
+        (0.9, ()),
+        (0.8, (2,)),
+        (0.75, (2,)),
+        (0.6, (0, 2)),
+        (0.5, (0, 2)),
+        (0.26, (0, 2, 3)),
+        (0.25, (0, 2, 3)),
+    ],
 )
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
 def test_a_budget_skips_the_first_of_the_order(budget: float, skipped: tuple[int, ...], target: str) -> None:

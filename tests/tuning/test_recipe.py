@@ -1,9 +1,11 @@
 """Recipes are strict: every setting is checked for name and type, and the shipped ones load."""
 
+from dataclasses import replace
+
 import pytest
 
 from dynadepth.errors import ConfigError
-from dynadepth.methods import MindSkipConfig
+from dynadepth.methods import MindSkipConfig, StaticConfig
 from dynadepth.tuning.recipe import Recipe, known_recipes, load_recipe, recipe_from_dict
 
 GOOD = {"name": "x", "source": "test", "method": {"method": "mindskip"}}
@@ -47,6 +49,18 @@ def test_the_papers_recipe_says_what_the_paper_says():
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         recipe_from_dict({**GOOD, **change}, "here.yaml")
+
+
+def test_another_method_keeps_the_settings_that_it_has_too():
+    recipe = replace(load_recipe("default"), choose=True)
+    static = recipe.for_method("static")
+    assert static.method == {"method": "static", "layers": "all", "skip_path": "linear", "skip_rank": 64}
+    assert static.config() == StaticConfig(layers="all", skip_path="linear", skip_rank=64)
+    assert not static.choose  # the method is named
+    assert replace(static, name="x", method=recipe.method) == replace(recipe, name="x", choose=False)
+    assert recipe.for_method("mindskip").method == recipe.method
+    with pytest.raises(ConfigError, match=r"'statik'.*Did you mean 'static'"):
+        recipe.for_method("statik")
 
 
 def test_missing_settings_and_unknown_recipes(tmp_path):

@@ -1,83 +1,21 @@
 """Router-only tuning end to end on a tiny model: what moves, what must not, and what survives an interruption."""
 
 import dataclasses
-import hashlib
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynadepth import attach, detach, is_attached, load, recording, routing_of, set_budget
 from dynadepth.errors import BudgetError, ConfigError, TuningError
 from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import kl_loss, kl_sum
-from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.surrogate import fit_paths
 from dynadepth.tuning.trainer import RouterTrainer, tune
+from tuning_runs import LINEAR, RECIPE, STATIC, Tokenizer, examples, fingerprint, tiny
 
-
-class Tokenizer:
-    pad_token_id = 0
-    eos_token_id = 1
-
-
-RECIPE = Recipe(
-    name="test",
-    source="test",
-    method={"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"},
-    objective="kl",
-    init="importance",
-    controller="quantile",
-    learning_rate=0.02,
-    bias_learning_rate=0.05,
-    batch_size=4,
-    epochs=2,
-    save_steps=2,
-    holdout=0.4,
-)
-
-LINEAR = dataclasses.replace(
-    RECIPE, method={**RECIPE.method, "skip_path": "linear", "skip_rank": 4}, budgets=(0.75, 0.5), kl_share=0.5
-)
 both = pytest.mark.parametrize("recipe", [RECIPE, LINEAR], ids=["identity", "linear"])
-
-
-def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
-    return model
-
-
-def examples(n=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(n):
-        length = int(torch.randint(8, 24, (1,), generator=generator))
-        made.append(Example(torch.randint(2, 64, (length,), generator=generator).tolist(), length // 2))
-    return made
-
-
-def fingerprint(model):
-    return {
-        name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
-        for name, p in model.named_parameters()
-        if ".depth_" not in name
-    }
+every = pytest.mark.parametrize("recipe", [RECIPE, LINEAR, STATIC], ids=["identity", "linear", "static"])
 
 
 @both
@@ -112,7 +50,7 @@ def test_saved_routers_serve_other_budgets(tmp_path):
     assert kept[0] < kept[-1]
 
 
-@both
+@every
 def test_the_same_seed_gives_the_same_routers(tmp_path, recipe):
     runs = []
     for name in ("a", "b"):
@@ -121,7 +59,7 @@ def test_the_same_seed_gives_the_same_routers(tmp_path, recipe):
     assert runs[0] == runs[1]
 
 
-@both
+@every
 def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch, recipe):
     """The resumed run ends with the routers of the uninterrupted one."""
     tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "whole")

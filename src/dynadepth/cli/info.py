@@ -108,6 +108,7 @@ def _provenance(provenance: dict[str, Any]) -> list[tuple[str, str]]:
         ("recipe's source", recipe.get("source")),
         ("seed", provenance.get("seed")),
         ("tuned on", f"{result['n_train']} samples in {result['seconds']:.0f} s" if "seconds" in result else None),
+        ("chosen", "{chosen} ({why})".format(**result["choice"]) if result.get("choice") else None),
         ("stopped early", (provenance.get("stopped") or {}).get("why")),
         ("dynadepth", run.get("dynadepth")),
         ("commit", run.get("commit")),

@@ -29,7 +29,13 @@ def tune(
         str, typer.Option("--recipe", metavar="FILE|NAME", help="Settings: a YAML file, or a recipe's name.")
     ] = "default",
     method: Annotated[
-        str | None, typer.Option("--method", metavar="NAME", help="mindskip. (default: the recipe's)")
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="mindskip, static (one route for every input), or auto: tunes the recipe's method, and saves a static "
+            "route with its skip paths unless the routers are better on held-out text. (default: the recipe's)",
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -71,8 +77,10 @@ def tune(
         from dynadepth.tuning.recipe import load_recipe
 
         settings = load_recipe(recipe)
-        if method is not None and method != settings.method.get("method"):
-            settings = replace(settings, method={"method": method})  # the other method's settings mean nothing here
+        if method == "auto":
+            settings = replace(settings, choose=True)
+        elif method is not None:
+            settings = settings.for_method(method)
         config = settings.config(
             target=target, granularity=granularity, kv_policy=kv_policy
         )  # what is wrong is said now
@@ -130,6 +138,8 @@ def tune(
             grid.add_row("KL of the static route at this budget", "", number(result.kl_static, 4))
         console = out()
         console.print(grid)
+        if result.choice is not None:
+            console.print(Text(f"chosen: {result.choice.chosen} ({result.choice.why})"))
         words = [
             "dynadepth",
             "generate",

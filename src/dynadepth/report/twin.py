@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dynadepth.benchmark.pruned import bare_twin
-from dynadepth.budget import static_skip
+from dynadepth.budget import mixture, static_skip
 from dynadepth.methods import StaticConfig
 from dynadepth.model import attach
 from dynadepth.routed import routing_of
@@ -55,10 +54,7 @@ class StaticTwins:
 
     def mixture(self, keep: float) -> list[tuple[int, float]]:
         """(count skipped, share of the inputs): the one or two whole counts whose mean keep ratio is exactly `keep`."""
-        skipped = min((1 - keep) * self.n_layers, float(len(self.scores)))
-        low = math.floor(skipped + 1e-6)
-        share = skipped - low
-        return [(low, 1.0)] if share < 1e-3 else [(low, 1 - share), (low + 1, share)]
+        return mixture(keep, self.n_layers, len(self.scores))
 
     def matched(self, keep: float, measure: Callable[[PreTrainedModel], Figures]) -> Figures:
         """What `measure` gives in the mean where inputs are spread over the twins of `mixture(keep)`.

@@ -113,10 +113,10 @@ _recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("dynadepth_recorders",
 
 
 @contextmanager
-def recording(by_token: bool = False) -> Iterator[Recorder]:
-    """Records every routed forward of this thread inside the block. May be nested. `by_token` keeps the share of the
-    sites that each token executed (`Recorder.token_shares`)."""
-    recorder = Recorder(by_token)
+def recording(recorder: Recorder | None = None, *, by_token: bool = False) -> Iterator[Recorder]:
+    """Records every routed forward of this thread inside the block: anew, or going on with `recorder`. May be nested.
+    A new one keeps, with `by_token`, the share of the sites that each token executed (`Recorder.token_shares`)."""
+    recorder = Recorder(by_token) if recorder is None else recorder
     token = _recorders.set((*_recorders.get(), recorder))
     try:
         yield recorder

@@ -1,16 +1,35 @@
-"""Holds the hard keep ratio while routers are tuned."""
+"""Holds the hard keep ratio while routers are tuned, or static routes whose skip paths are."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from dynadepth.model import set_budget
 from dynadepth.routed import routing_of
+
+N = TypeVar("N")
+
+
+def drawn(choices: Sequence[N], seed: int, step: int) -> N:
+    """The one of a step, which hangs on `seed` and its number."""
+    return random.Random(f"{seed} {step}").choice(choices)
+
+
+class RouteController(TrainerCallback):
+    """Sets a static route to one of several budgets at every step; nothing is remembered, as below."""
+
+    def __init__(self, model: nn.Module, budgets: Sequence[float], seed: int) -> None:
+        self.model, self.budgets, self.seed = model, list(budgets), seed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        budget = drawn(self.budgets, self.seed, state.global_step)
+        set_budget(self.model, **{routing_of(self.model).target.name: budget})
 
 
 class QuantileController(TrainerCallback):
@@ -25,8 +44,7 @@ class QuantileController(TrainerCallback):
     """Inputs kept per site and step."""
 
     def __init__(self, model: nn.Module, keeps: Sequence[float], seed: int) -> None:
-        """`keeps`: keep ratios of the routed sites; every step has one of them, which hangs on `seed` and its
-        number."""
+        """`keeps`: keep ratios of the routed sites, of which every step has one."""
         self.routers, self.keeps, self.seed = list(routing_of(model).routers().values()), list(keeps), seed
         self.inputs: dict[nn.Module, list[Tensor]] = {router: [] for router in self.routers}
         self.hooks = [router.register_forward_pre_hook(self._keep_input) for router in self.routers]
@@ -38,7 +56,7 @@ class QuantileController(TrainerCallback):
 
     def keep_at(self, step: int) -> float:
         """The keep ratio of a step."""
-        return random.Random(f"{self.seed} {step}").choice(self.keeps)
+        return drawn(self.keeps, self.seed, step)
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import ConfigError, did_you_mean
-from dynadepth.methods import DepthConfig, config_from_dict
+from dynadepth.methods import DepthConfig, StaticConfig, config_from_dict
+from dynadepth.methods.config import method_named
 
 DEFAULT = "default"
 
@@ -28,9 +29,11 @@ class Recipe:
     """`ce`: the task's own loss; `kl`: KL(dense‖routed) on the answer's tokens, the dense model being the same
     backbone."""
     init: str = "zeros"
-    """`zeros`, or `importance`: biases start from 1 − cosine scores, so that tuning starts at the static route."""
+    """`zeros`, or `importance`: biases start from 1 − cosine scores, so that tuning starts at the static route; of a
+    static route without an order, the scores are its order."""
     controller: str = "none"
-    """`none`: thresholds stay; `quantile`: they follow the logits' quantile, which pins the hard keep ratio."""
+    """Of the routers' thresholds, `none`: they stay; `quantile`: they follow the logits' quantile, which pins the hard
+    keep ratio. A static route has no thresholds and keeps to the budget."""
     data: str = "self"
     """Where the command line names none: a file, a `datasets` name, or `self`."""
     max_samples: int = 96
@@ -67,7 +70,11 @@ class Recipe:
     max_steps: int = -1
     """Overrides `epochs` where positive."""
     calibrate: bool = True
-    """Measure thresholds for every budget afterwards. Without it the routers keep the method's own threshold."""
+    """Measure thresholds for every budget afterwards. Without it the routers keep the method's own threshold. A static
+    route has none."""
+    choose: bool = False
+    """Compare the tuned routers with the static route of the same skip paths on the held-out samples, at the budgets,
+    and save the better of the two (`dynadepth.tuning.choice`)."""
     save_steps: int = 10
     """A checkpoint to resume from every so many steps."""
     report_to: tuple[str, ...] = field(default=())
@@ -90,8 +97,11 @@ class Recipe:
         for budget in self.budgets:
             if not isinstance(budget, float | int) or not 0 < budget <= 1:
                 raise ConfigError(f"budgets must be numbers above 0 and at most 1, not {budget!r}.")
-        if self.budgets and self.controller != "quantile":
-            raise ConfigError("budgets are met by thresholds that follow the logits: set controller to quantile.")
+        if self.choose and not self.calibrate:
+            raise ConfigError(
+                f"Recipe {self.name!r} cannot choose between routers and a static route: without calibration its "
+                "routers have no budget to be compared at; set calibrate to true."
+            )
         for name in ("passages", "joint"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}.")
@@ -99,8 +109,41 @@ class Recipe:
             raise ConfigError(f"holdout must be between 0 and 1, not {self.holdout}.")
 
     def config(self, **overrides: Any) -> DepthConfig:
-        """The method's configuration, with the overrides that are not None."""
-        return config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
+        """The method's configuration, with the overrides that are not None. Raises ConfigError where other settings
+        contradict it."""
+        config = config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
+        if isinstance(config, StaticConfig):
+            self._check_static(config)
+        elif self.budgets and self.controller != "quantile":
+            raise ConfigError("budgets are met by thresholds that follow the logits: set controller to quantile.")
+        return config
+
+    def _check_static(self, config: StaticConfig) -> None:
+        if self.choose:
+            raise ConfigError(
+                f"Recipe {self.name!r} cannot choose between routers and a static route: its method is static and "
+                "tunes no routers; name another method."
+            )
+        if config.skip:
+            raise ConfigError(
+                f"skip {list(config.skip)} is a bare route, which no budget fits: give method.order, or leave both out "
+                "and set init to importance."
+            )
+        if config.order and self.init == "importance":
+            raise ConfigError(
+                f"init: importance measures an order, and method.order {list(config.order)} gives one: leave one out."
+            )
+        if not config.order and self.init == "zeros":
+            raise ConfigError("A static route needs an order: set init to importance to measure one, or method.order.")
+
+    def for_method(self, method: str) -> Recipe:
+        """This recipe for the method of that name, with those of the method's settings that the other has, too.
+
+        The method is named, so that nothing is left to choose.
+        """
+        known = {f.name for f in dataclasses.fields(method_named(method))}
+        kept = {name: value for name, value in self.method.items() if name in known}
+        return dataclasses.replace(self, method={**kept, "method": method}, choose=False)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

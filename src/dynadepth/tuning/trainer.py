@@ -3,11 +3,10 @@ state."""
 
 from __future__ import annotations
 
-import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynadepth import budget as budgets
 from dynadepth.errors import ConfigError, TuningError
-from dynadepth.model import attach, check_budget, detach, disabled, save, set_budget
+from dynadepth.methods import StaticConfig
+from dynadepth.model import attach, detach, fixed_routes, save, set_budget
 from dynadepth.routed import is_attached, routing_of, unwrapped
 from dynadepth.routing.decision import KeepRatio
-from dynadepth.routing.recorder import recording
 from dynadepth.routing.sublayer import PATH, ROUTER
-from dynadepth.tuning.controller import QuantileController
+from dynadepth.tuning.choice import STATIC, Choice, choose, settle
+from dynadepth.tuning.controller import QuantileController, RouteController
 from dynadepth.tuning.data import Collator, Example, pad_token_id
-from dynadepth.tuning.objectives import OBJECTIVES, kl_sum, scored_logits
+from dynadepth.tuning.heldout import distance, distances
+from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
-from dynadepth.tuning.surrogate import fit_paths
-
-FIT_TOKENS = 32_768
-"""Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
+from dynadepth.tuning.start import check_learnable, fit, initialise, keep_of, resumable, state_budget
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
@@ -53,10 +51,13 @@ class TuneResult:
     """Root mean square change of the router parameters."""
     losses: list[float] = field(default_factory=list)
     static_skip: list[int] = field(default_factory=list)
-    """Layers that the static route of the same budget and importance scores skips."""
+    """Layers that a static route of the budget skips: the one saved, or the one of the same importance scores."""
     kl_static: float | None = None
+    """Of the latter, with the tuned skip paths."""
     explained: dict[str, float] | None = None
     """Share of the variance of each site's contribution that its skip path explained as fitted."""
+    choice: Choice | None = None
+    """Between routers and a static route, where the recipe asks for it."""
 
 
 class RouterTrainer(Trainer):
@@ -160,6 +161,11 @@ class _Report(TrainerCallback):
             self.progress("tune", state.global_step, state.max_steps, figures)
 
 
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    """Tells of one stage that has no figures."""
+    return None if progress is None else (lambda done, total: progress(name, done, total, {}))
+
+
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in routing_of(model).tensors().items()}
 
@@ -181,9 +187,11 @@ def tune(
 ) -> TuneResult:
     """Attaches fresh routers to `model`, tunes them on `examples`, calibrates their budgets and saves them in `out`.
 
-    Held-out examples (the recipe's share) give the calibration and the figures of the result, never gradients. An
-    interrupted run with the same settings resumes from its last checkpoint. Raises TuningError where the loss turns NaN
-    (the last good routers are saved first) or where there are too few examples.
+    Where the recipe says `choose`, a static route with the same skip paths is saved instead unless the routers are
+    better. Held-out examples (the recipe's share) give the calibration, that choice and the figures of the result,
+    never gradients. An interrupted run with the same settings resumes from its last checkpoint. Raises TuningError
+    where the loss turns NaN (the last good routers are saved first) or where there are too few examples, ConfigError
+    where the recipe leaves nothing to tune.
     """
     started = time.monotonic()
     out = Path(out)
@@ -197,13 +205,12 @@ def tune(
     overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
     attach(model, recipe.config(**overrides))
     try:
-        budget, keep = _state_budget(model, recipe, budget, overrides)
+        budget, keep = state_budget(model, recipe, budget, overrides)
+        check_learnable(model, recipe)
         routing = routing_of(model)
         routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
         pad = pad_token_id(tokenizer)
         collator = Collator(pad, seed=seed)
-        if recipe.joint < 1 and not routing.paths():
-            raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths: set it to 1.")
         prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
         held_batches = budgets.prompts_to_batches(prompts, pad)
         # Whole texts: short prompts put attentions that copy from the context early in the order.
@@ -211,54 +218,65 @@ def tune(
         scores = budgets.importance(model, texts, routing.target.name)
         scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
-        _initialise(model, recipe, scores, keep)
-        explained = _fit_paths(model, training, pad, progress)
+        initialise(model, recipe, scores, budget)
+        explained = fit(model, training, pad, _stage(progress, "fit"))
     except BaseException:
         detach(model)
         raise
     start = _snapshot(model)
-    keep_before, kl_before = evaluate(model, heldout, collator)
+    before = distance(model, heldout, collator)
 
     scoring = Collator(pad, seed=seed, score_prompts=recipe.score == "all")
-    trainer = _trainer(model, training, scoring, recipe, out, keep, seed, progress)
-    checkpoint = _resumable(out, routing.provenance) if resume else None
+    trainer = _trainer(model, training, scoring, recipe, out, budget, seed, progress)
+    checkpoint = resumable(out, routing.provenance) if resume else None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (KeyboardInterrupt, TuningError) as error:
         routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
+        if routing.is_static:
+            set_budget(model, **{routing.target.name: budget})
         save(model, out)
         raise
     finally:
         for router in routing.routers().values():
             router.requires_grad_(True)
     model.eval()
-    if recipe.calibrate:
+    now, n_trainable = _snapshot(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moved = [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and f".{PATH}." not in k]
+    choice = None
+    if recipe.calibrate and not routing.is_static:
         keeps = sorted({*budgets.KEEPS, round(keep, 4)})
-        stage = None if progress is None else (lambda done, total: progress("calibrate", done, total, {}))
-        budgets.calibrate(model, held_batches, keeps, stage)
+        budgets.calibrate(model, held_batches, keeps, _stage(progress, "calibrate"))
+        if recipe.choose:
+            compared = recipe.budgets or (budget,)
+            choice = choose(model, heldout, collator, compared, scores, _stage(progress, "compare"))
+            if choice.chosen == STATIC:
+                settle(model, choice.order)
+                routing = routing_of(model)
+    if routing.is_static or recipe.calibrate:
         set_budget(model, **{routing.target.name: budget})
-    keep_after, kl_after = evaluate(model, heldout, collator)
-    now = _snapshot(model)
-    moved = torch.cat(
-        [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and f".{PATH}." not in k]
-    )
+    after = distance(model, heldout, collator)
     skip = budgets.static_skip(scores, budget, routing.n_layers)
+    if isinstance(routing.config, StaticConfig):
+        skip = routing.config.skip
+    fixed = partial(fixed_routes, model, {site: site.layer not in skip for site in routing.sites})
     result = TuneResult(
         directory=str(out),
         seconds=time.monotonic() - started,
         steps=trainer.state.global_step,
-        n_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        n_trainable=n_trainable,
         n_train=len(training),
         n_heldout=len(heldout),
-        keep_before=keep_before,
-        keep_after=keep_after,
-        kl_before=kl_before,
-        kl_after=kl_after,
-        moved=float(moved.square().mean().sqrt()) if len(moved) else 0.0,
+        keep_before=before.keep,
+        keep_after=after.keep,
+        kl_before=before.mean,
+        kl_after=after.mean,
+        moved=float(torch.cat(moved).square().mean().sqrt()) if moved else 0.0,
         losses=trainer.losses,
         static_skip=list(skip),
-        kl_static=_static_kl(model, heldout, collator, skip),
+        kl_static=None if routing.is_static else distances(model, heldout, collator, [fixed])[0].mean,
         explained=explained,
+        choice=choice,
     )
     for path in routing.paths().values():
         path.to(unwrapped(model).dtype)
@@ -267,83 +285,13 @@ def tune(
     return result
 
 
-def _state_budget(
-    model: nn.Module, recipe: Recipe, budget: float | None, overrides: dict[str, Any]
-) -> tuple[float, float]:
-    """The budget and the keep ratio it asks of the routed sites, which becomes the training-time capacity of methods
-    that have one."""
-    routing = routing_of(model)
-    budget = check_budget(recipe.budget if budget is None else budget, routing)
-    keep = min(1.0, max(routing.keep_of(budget), 1e-6))
-    if hasattr(routing.config, "capacity"):
-        routing.config = recipe.config(**overrides, capacity=keep)
-    return budget, keep
-
-
-def _fit_paths(
-    model: nn.Module, training: Sequence[Example], pad: int, progress: Progress | None
-) -> dict[str, float] | None:
-    """The closed-form fit of linear skip paths on the training examples; None where there are none."""
-    if not routing_of(model).paths():
-        return None
-    chosen, tokens = [], 0
-    for example in training:
-        if tokens < FIT_TOKENS:
-            chosen.append(example.input_ids)
-            tokens += len(example.input_ids)
-    batches = budgets.prompts_to_batches(chosen, pad)
-    stage = None if progress is None else (lambda done, total: progress("fit", done, total, {}))
-    return {str(site): share for site, share in fit_paths(model, batches, stage).items()}
-
-
-def _initialise(model: nn.Module, recipe: Recipe, scores: dict[Any, float], keep: float) -> None:
-    """`importance`: biases are the standardised log scores, and the threshold keeps the requested share of them."""
-    if recipe.init != "importance":
-        return
-    routers = routing_of(model).routers()
-    logs = torch.tensor([max(scores[site], 1e-12) for site in routers]).log()
-    biases = (logs - logs.mean()) / logs.std(correction=0).clamp(min=1e-6)
-    for router, bias in zip(routers.values(), biases, strict=True):
-        if getattr(router, "bias", None) is None:
-            raise ConfigError("init: importance needs routers with a bias: set method.bias to true.")
-        with torch.no_grad():
-            router.bias.copy_(bias)  # type: ignore[operator]
-        router.threshold.fill_(float(torch.quantile(biases, 1 - keep)))
-
-
-def evaluate(model: nn.Module, examples: Sequence[Example], collator: Collator) -> tuple[KeepRatio | None, float]:
-    """Hard keep ratio at prefill and KL(dense‖routed) a token, in evaluation mode, on whole examples."""
-    training = model.training
-    model.eval()
-    total, tokens = 0.0, 0
-    device = next(unwrapped(model).parameters()).device
-    with torch.no_grad(), recording() as record:
-        for start in range(0, len(examples), 8):
-            batch = {k: v.to(device) for k, v in collator(examples[start : start + 8]).items()}
-            student, _ = scored_logits(model, batch)
-            with disabled(model):
-                teacher, _ = scored_logits(model, {k: v for k, v in batch.items() if k != "prompt_mask"})
-            total += float(kl_sum(teacher, student))
-            tokens += len(student)
-    model.train(training)
-    return record.keep_ratio("prefill"), total / max(tokens, 1)
-
-
-def _static_kl(model: nn.Module, heldout: Sequence[Example], collator: Collator, skip: Sequence[int]) -> float:
-    from dynadepth.model import fixed_routes
-
-    routing = routing_of(model)
-    with fixed_routes(model, {site: site.layer not in skip for site in routing.sites}):
-        return evaluate(model, heldout, collator)[1]
-
-
 def _trainer(
     model: nn.Module,
     training: list[Example],
     collator: Collator,
     recipe: Recipe,
     out: Path,
-    keep: float,
+    budget: float,
     seed: int,
     progress: Progress | None,
 ) -> RouterTrainer:
@@ -375,8 +323,13 @@ def _trainer(
     )
     report = _Report(progress)
     routing = routing_of(model)
-    keeps = [min(1.0, max(routing.keep_of(check_budget(b, routing)), 1e-6)) for b in recipe.budgets] or [keep]
-    controllers = [QuantileController(model, keeps, seed)] if recipe.controller == "quantile" else []
+    served = recipe.budgets or (budget,)
+    keeps = [keep_of(model, b) for b in served]
+    controllers: list[TrainerCallback] = []
+    if routing.is_static:
+        controllers = [RouteController(model, served, seed)]
+    elif recipe.controller == "quantile":
+        controllers = [QuantileController(model, keeps, seed)]
     trainer = RouterTrainer(
         model=model,
         args=args,
@@ -394,18 +347,3 @@ def _printer() -> type[TrainerCallback]:
     from transformers.trainer_callback import PrinterCallback
 
     return PrinterCallback
-
-
-def _resumable(out: Path, provenance: dict[str, Any]) -> str | None:
-    """The last checkpoint in `out`, if it was made with the same settings; others are left alone and not used."""
-    from dynadepth import adapter
-
-    found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        try:
-            saved = adapter.read(path)[0].get("provenance")
-        except ConfigError:
-            continue
-        if saved == json.loads(json.dumps(copy.deepcopy(provenance))):
-            return str(path)
-    return None

@@ -1,0 +1,107 @@
+"""Where a run starts: its budget, routers or a route from importance scores, skip paths fitted in closed form, or the
+checkpoint of an interrupted one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynadepth import adapter
+from dynadepth.budget import in_order, prompts_to_batches
+from dynadepth.errors import ConfigError
+from dynadepth.methods import StaticConfig
+from dynadepth.model import check_budget, set_budget
+from dynadepth.routed import routing_of
+from dynadepth.routing.decision import Site
+from dynadepth.tuning.data import Example
+from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.surrogate import fit_paths
+
+FIT_TOKENS = 32_768
+"""Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
+
+
+def check_learnable(model: nn.Module, recipe: Recipe) -> None:
+    """Raises ConfigError where the steps, or some of them, would have nothing to tune."""
+    routing = routing_of(model)
+    if not routing.trainable:
+        raise ConfigError(
+            f"There is nothing to tune: method {routing.config.name!r} has no router parameters, and skip_path "
+            f"{routing.config.skip_path!r} has none: set skip_path to linear."
+        )
+    if recipe.joint < 1 and not routing.paths():
+        raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths: set it to 1.")
+
+
+def state_budget(
+    model: nn.Module, recipe: Recipe, budget: float | None, overrides: dict[str, Any]
+) -> tuple[float, float]:
+    """The budget and the keep ratio it asks of the routed sites, which becomes the training-time capacity of methods
+    that have one."""
+    routing = routing_of(model)
+    budget = check_budget(recipe.budget if budget is None else budget, routing)
+    keep = keep_of(model, budget)
+    if hasattr(routing.config, "capacity"):
+        routing.config = recipe.config(**overrides, capacity=keep)
+    return budget, keep
+
+
+def keep_of(model: nn.Module, budget: float) -> float:
+    """The keep ratio of the routed sites, in (0, 1], for a budget that they can reach."""
+    routing = routing_of(model)
+    return min(1.0, max(routing.keep_of(check_budget(budget, routing)), 1e-6))
+
+
+def initialise(model: nn.Module, recipe: Recipe, scores: Mapping[Site, float], budget: float) -> None:
+    """Routers with `init: importance`: biases are the standardised log scores, and the threshold keeps the budget's
+    share of them. A static route without an order gets that of the scores, and is set to the budget."""
+    routing = routing_of(model)
+    if isinstance(routing.config, StaticConfig):
+        order = routing.config.order or in_order(scores)
+        routing.config = replace(routing.config, layers=None, order=order)
+        set_budget(model, **{routing.target.name: budget})
+    elif recipe.init == "importance":
+        routers = routing.routers()
+        logs = torch.tensor([max(scores[site], 1e-12) for site in routers]).log()
+        biases = (logs - logs.mean()) / logs.std(correction=0).clamp(min=1e-6)
+        for router, bias in zip(routers.values(), biases, strict=True):
+            if getattr(router, "bias", None) is None:
+                raise ConfigError("init: importance needs routers with a bias: set method.bias to true.")
+            with torch.no_grad():
+                router.bias.copy_(bias)  # type: ignore[operator]
+            router.threshold.fill_(float(torch.quantile(biases, 1 - keep_of(model, budget))))
+
+
+def fit(
+    model: nn.Module, training: Sequence[Example], pad: int, progress: Callable[[int, int], None] | None
+) -> dict[str, float] | None:
+    """The closed-form fit of linear skip paths on the training examples: the share of variance that each site's
+    explains. None where there are none."""
+    if not routing_of(model).paths():
+        return None
+    chosen, tokens = [], 0
+    for example in training:
+        if tokens < FIT_TOKENS:
+            chosen.append(example.input_ids)
+            tokens += len(example.input_ids)
+    return {str(site): share for site, share in fit_paths(model, prompts_to_batches(chosen, pad), progress).items()}
+
+
+def resumable(out: Path, provenance: dict[str, Any]) -> str | None:
+    """The last checkpoint in `out`, if it was made with the same settings; others are left alone and not used."""
+    found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            saved = adapter.read(path)[0].get("provenance")
+        except ConfigError:
+            continue
+        if saved == json.loads(json.dumps(copy.deepcopy(provenance))):
+            return str(path)
+    return None
