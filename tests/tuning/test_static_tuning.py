@@ -105,6 +105,10 @@ def test_an_order_may_be_given(tmp_path):
     assert result.static_skip == [0, 3]
     with pytest.raises(BudgetError, match=r"0\.2 cannot be reached: only 3 of 4"):
         tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path, budget=0.2)
+    model, lower = tiny(), dataclasses.replace(recipe, budgets=(0.5, 0.1))
+    with pytest.raises(BudgetError, match=r"0\.1 cannot be reached: only 3 of 4"):
+        tune(model, Tokenizer(), examples(), lower, out=tmp_path, budget=0.5)
+    assert not is_attached(model)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")] = 0,
 ) -> None:
-    """Tune routers for a frozen model and save them, calibrated for every budget."""
+    """Tune routers, or a static route, for a frozen model and save them, ready for every budget."""
 
     def interrupted() -> str:
         if (out_dir / "routing_config.json").is_file():

@@ -44,9 +44,11 @@ def state_budget(
     model: nn.Module, recipe: Recipe, budget: float | None, overrides: dict[str, Any]
 ) -> tuple[float, float]:
     """The budget and the keep ratio it asks of the routed sites, which becomes the training-time capacity of methods
-    that have one."""
+    that have one. Raises BudgetError where that one, or one of the recipe's, is out of reach."""
     routing = routing_of(model)
     budget = check_budget(recipe.budget if budget is None else budget, routing)
+    for served in recipe.budgets:
+        check_budget(served, routing)
     keep = keep_of(model, budget)
     if hasattr(routing.config, "capacity"):
         routing.config = recipe.config(**overrides, capacity=keep)

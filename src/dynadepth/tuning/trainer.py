@@ -53,7 +53,7 @@ class TuneResult:
     static_skip: list[int] = field(default_factory=list)
     """Layers that a static route of the budget skips: the one saved, or the one of the same importance scores."""
     kl_static: float | None = None
-    """Of the latter, with the tuned skip paths."""
+    """KL of the latter with the tuned skip paths; None where a static route is saved."""
     explained: dict[str, float] | None = None
     """Share of the variance of each site's contribution that its skip path explained as fitted."""
     choice: Choice | None = None
