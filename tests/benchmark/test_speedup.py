@@ -20,6 +20,7 @@ from dynadepth.benchmark.speedup import speedup_of
 from dynadepth.budget import calibrate, prompts_to_batches
 from dynadepth.errors import BudgetError, ConfigError, UnsupportedModelError
 from dynadepth.report.stamp import stamp
+from dynadepth.routing.router import ConstantRouter
 from small import KINDS, LAYERS, bare, ids, paths, routed, scatter
 
 SMALL = Workload(context=9, new_tokens=6)
@@ -84,6 +85,18 @@ def test_budgets_count_unrouted_sublayers(measured, times, layers):
     assert found.expected == pytest.approx(made_up().speedup(routing.keep_of(found.budget)))
     assert found.expected >= times
     assert made_up().speedup(routing.keep_of(found.budget + 0.0101)) < times
+
+
+@pytest.mark.parametrize(("times", "executed"), [(1.05, 2), (1.25, 1), (1, 4)])
+def test_a_static_route_executes_a_whole_number_that_reaches_it(measured, times, executed):
+    """Rounded to the nearest number, what is solved at 1.05 (0.70) and 1.25 (0.40) would execute one sublayer more."""
+    model = dynadepth.attach(bare(max_position_embeddings=4096), StaticConfig(order=(2, 0, 3, 1)))
+    found = dynadepth.set_speedup(model, times)
+    with torch.no_grad(), dynadepth.recording() as record:
+        model(ids(2, 5))
+    assert record.keep_ratio().all == executed / LAYERS
+    assert found.expected >= times
+    assert dynadepth.routing_of(model).speedup["budget"] == dynadepth.routing_of(model).budget == found.budget
 
 
 def test_a_speedup_out_of_reach_names_the_largest_which_can_be_had(measured):
@@ -275,6 +288,18 @@ def test_drawn_decisions_keep_their_share_and_ask_the_routers(granularity, kv_po
     assert record.keep_ratio("decode").routed == pytest.approx(keep, abs=0)
     shared = zip(copy.parameters(), model.parameters(), strict=True)
     assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in shared)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+def test_of_a_static_route_sites_are_drawn_and_no_router_is_asked(monkeypatch, keep):
+    model = dynadepth.attach(bare(), StaticConfig(order=(2, 0, 3, 1)))
+    dynadepth.set_budget(model, attention=0.75)
+    copy = drawn_copy(model, keep)
+    monkeypatch.setattr(ConstantRouter, "forward", lambda *_: pytest.fail("asked"))
+    for one, share in ((copy, keep), (model, 0.75)):
+        with torch.no_grad(), dynadepth.recording() as record:
+            one(ids(2, 5))
+        assert record.keep_ratio().all == share
 
 
 def test_untrained_paths_are_timed_in_the_models_dtype():

@@ -161,13 +161,19 @@ def measured_keeps(routing: Routing) -> list[float]:
 
 
 def drawn_copy(model: PreTrainedModel, keep: float) -> PreTrainedModel:
-    """The routed model on shared weights, in eval mode, its routers asked but decisions drawn; the given one stays."""
+    """The routed model on shared weights, in eval mode, its routers asked but decisions drawn; the given one stays.
+
+    Of a static route, whose routers are never asked, the sites that execute are drawn.
+    """
     copy = shared_copy(model).eval()
     routing = routing_of(copy)
-    n = len(routing.sites)
+    n, static = len(routing.sites), routing.is_static
     places = random.Random(0).sample(range(n), n)
     for state, place in zip(routing.states.values(), places, strict=True):
-        state.router = DrawnRouter(state.router, keep, (place + 0.5) / n)
+        if static:
+            state.router.constant = (place + 0.5) / n < keep
+        else:
+            state.router = DrawnRouter(state.router, keep, (place + 0.5) / n)
     for path in routing.paths().values():
         path.to(model.dtype)  # float32 while they are tuned
     return copy

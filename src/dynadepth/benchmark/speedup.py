@@ -77,7 +77,7 @@ def set_speedup(
     routing = routing_of(model)
     workload = Workload(context, new_tokens, batch)
     check_adjustable(routing)
-    if check_times(times) > 1:
+    if check_times(times) > 1 and not routing.is_static:
         calibration_of(routing, f"a speed-up of {times:g}x")
     found = solve_speedup(model, times, workload, progress)
     set_budget(model, **{routing.target.name: found.budget})
@@ -110,11 +110,14 @@ def solve_speedup(model: nn.Module, times: float, workload: Workload, progress: 
 def solved_budget(table: CostTable, routing: Routing, times: float) -> float:
     """The largest budget of two decimals at which the table expects `times`. BudgetError where none does.
 
-    One sublayer of the target executes at least: a budget is above 0.
+    One sublayer of the target executes at least: a budget is above 0. That of a static route is the largest whole
+    number of sublayers, since it executes the nearest one.
     """
     lowest = max(routing.lowest_budget(), 1 / routing.n_layers)
     keep = table.keep_for(times)
     budget = 0.0 if keep is None else routing.budget_of(keep)
+    if routing.is_static:
+        budget = math.floor(budget * routing.n_layers + 1e-9) / routing.n_layers
     if budget < lowest - 1e-9:
         target, n_sites = routing.target, len(routing.sites)
         ways = ["ask for less"]
