@@ -1,5 +1,7 @@
 """Importance on the residual stream, static routes, and thresholds that meet their keep ratio on other prompts."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ from dynadepth.budget import (
     calibrate,
     forward,
     importance,
+    joined,
     prompts_to_batches,
     quantile_threshold,
     static_skip,
@@ -97,6 +100,17 @@ def test_importance_is_one_minus_cosine_of_the_stream_with_and_without(config, k
         return
     cosine = torch.nn.functional.cosine_similarity(without.float(), with_it.float(), dim=-1)
     assert scores[Site(3, target)] == pytest.approx(float((1 - cosine)[mask].mean()), abs=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=8), st.integers(1, 20), st.integers(1, 4))
+def test_joined_texts_are_windows_of_one_length_in_their_order(texts, length, count):
+    windows, flat = joined(texts, length, count), list(chain.from_iterable(texts))
+    assert list(chain.from_iterable(windows)) == flat[: max(len(windows) * length, min(len(flat), length))]
+    if len(flat) >= length:
+        assert {len(window) for window in windows} == {length}
+        assert len(windows) == min(count, len(flat) // length)
+    else:
+        assert windows == [flat]
 
 
 def test_importance_ignores_padding():

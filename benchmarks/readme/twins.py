@@ -12,6 +12,7 @@ from pathlib import Path
 from dynadepth import StaticConfig, attach, budget, detach, hub, load, routing_of, save
 from dynadepth.tuning import Recipe, examples_for
 from dynadepth.tuning.data import pad_token_id
+from dynadepth.tuning.start import scores_of
 
 
 def main(name: str, routers: str, out: str, *counts: str) -> None:
@@ -22,9 +23,7 @@ def main(name: str, routers: str, out: str, *counts: str) -> None:
     detach(model)
     recipe = Recipe(**made["recipe"])
     examples = examples_for("self", model, tokenizer, recipe, seed=made["seed"], cache_dir=Path(routers) / "self-data")
-    heldout = examples[: made["result"]["n_heldout"]]
-    texts = budget.prompts_to_batches([e.input_ids for e in heldout], pad_token_id(tokenizer))
-    scores = budget.importance(model, texts, target)
+    scores = scores_of(model, examples, pad_token_id(tokenizer), target)
     order = list(range(n_layers))
     random.Random(0).shuffle(order)
     for count in map(int, counts):

@@ -55,6 +55,17 @@ def prompts_to_batches(prompts: Iterable[Sequence[int]], pad: int, batch_size: i
     return batches
 
 
+def joined(texts: Iterable[Sequence[int]], length: int, count: int) -> list[list[int]]:
+    """The first `count` windows of `length` tokens of the texts put end to end; one shorter window of texts that fill
+    none."""
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= length * count:
+            break
+        ids += text
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:count] or [ids]
+
+
 def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, float]:
     """1 − cosine of the residual stream before and after each sublayer of a target, mean over real tokens.
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dynadepth import StaticConfig, attach, is_attached, load, recording, routing_of, set_budget
-from dynadepth.budget import importance, in_order, prompts_to_batches
+from dynadepth.budget import in_order
 from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.tuning import Collator, tune
 from dynadepth.tuning.controller import QuantileController, RouteController
+from dynadepth.tuning.start import scores_of
 from dynadepth.tuning.trainer import RouterTrainer
 from tuning_runs import LINEAR, STATIC, Tokenizer, examples, fingerprint, tiny
 
@@ -28,8 +29,7 @@ def test_skip_paths_learn_and_nothing_else(tmp_path):
     assert result.keep_before == result.keep_after
     assert result.keep_after.all == 0.5
     assert (result.moved, result.kl_static, result.choice) == (0.0, None, None)
-    heldout = prompts_to_batches([e.input_ids for e in examples()[: result.n_heldout]], 0)
-    order = in_order(importance(tiny(), heldout, "attention"))
+    order = in_order(scores_of(tiny(), examples(), 0, "attention"))
     config = StaticConfig(skip_path="linear", skip_rank=4, order=order, skip=order[:2])
     assert routing_of(model).config == config
     assert result.static_skip == sorted(order[:2])

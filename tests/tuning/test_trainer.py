@@ -154,6 +154,15 @@ def test_every_step_has_one_of_the_budgets():
     assert keeps == [controller.keep_at(step) for step in range(60)]
 
 
+def test_padding_has_no_part_in_the_threshold_of_tokens():
+    model = attach(tiny(), dataclasses.replace(RECIPE.config(), granularity="token")).train()
+    controller = QuantileController(model, [0.5], seed=0)
+    rows = [Example(list(range(2, 2 + n)), 2) for n in (5, 12)]
+    model(**Collator(0)(rows))
+    kept = [torch.cat(inputs) for inputs in controller.inputs.values()]
+    assert [len(units) for units in kept] == [5 + 12] * len(kept)
+
+
 def test_a_share_of_the_tokens_stands_for_all_of_them():
     """The mean over draws is the loss on all tokens, and the head runs for the drawn positions alone."""
     model = attach(tiny(), LINEAR.config())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
-from dynadepth.budget import Batches, importance, prompts_to_batches
+from dynadepth.budget import Batches, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError
 from dynadepth.frontier.settings import Settings, difference, source_facts
 from dynadepth.methods import StaticConfig
@@ -26,8 +26,8 @@ from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
+from dynadepth.tuning.start import FIT_TOKENS, scores_of
 from dynadepth.tuning.surrogate import fit_paths
-from dynadepth.tuning.trainer import FIT_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,12 +104,12 @@ class Workbench:
         return prompts_to_batches(texts, pad_token_id(self.tokenizer))
 
     def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:
-        """1 − cosine importance of the target's sublayers, on the held-out examples of the method's tuning data."""
-        key = (self.source(row, recipe), recipe.max_samples, recipe.holdout, target)
+        """1 − cosine importance of the target's sublayers, on the method's tuning data."""
+        key = (self.source(row, recipe), recipe.max_samples, target)
         if key not in self._scores:
-            texts = self.batches(self.split(row, recipe)[0])
+            examples = self.examples(row, recipe)
             self.tell("measuring importance")
-            self._scores[key] = importance(self.model, texts, target)
+            self._scores[key] = scores_of(self.model, examples, pad_token_id(self.tokenizer), target)
         return self._scores[key]
 
     def tuning_settings(self, row: str, recipe: Recipe) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from dynadepth.model import disabled
 from dynadepth.report import measure
 from dynadepth.report.samples import answers
 from dynadepth.report.stamp import stamp
-from dynadepth.report.tuned import importance_on, tuned_routers
+from dynadepth.report.tuned import tuned_routers
 from dynadepth.report.twin import Figures, StaticTwins
 from dynadepth.routed import routing_of
 from dynadepth.tuning import examples_for, load_recipe
+from dynadepth.tuning.data import pad_token_id
+from dynadepth.tuning.start import scores_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +115,9 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
             seed=settings.seed,
             detail=detail,
         )
-        twins = StaticTwins(model, importance_on(model, tokenizer, examples[: tuning["n_heldout"]]))
+        routing = routing_of(model)
+        scores = scores_of(model, examples, pad_token_id(tokenizer), routing.target.name)
+        twins = StaticTwins(model, {site: score for site, score in scores.items() if site in routing.states})
 
     with teller.telling("Perplexity and KL on text") as detail:
         text = measure.help_text(settings.seed)

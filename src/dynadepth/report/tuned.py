@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
-from dynadepth.budget import importance, prompts_to_batches
 from dynadepth.errors import DynadepthError
 from dynadepth.model import load, set_budget
 from dynadepth.provenance import provenance
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import routing_of
-from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, tune
-from dynadepth.tuning.data import pad_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,12 +69,3 @@ def is_reusable(
         and all(run.get(key) == now[key] for key in ("dynadepth", "commit"))
         and (run.get("model") or {}).get("fingerprint") == model_facts(name, model)["fingerprint"]
     )
-
-
-def importance_on(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: list[Example]
-) -> dict[Site, float]:
-    """Importance of the routed sites on the held-out examples: the scores that tuning starts from."""
-    pad, routing = pad_token_id(tokenizer), routing_of(model)
-    scores = importance(model, prompts_to_batches([e.input_ids for e in heldout], pad), routing.target.name)
-    return {site: score for site, score in scores.items() if site in routing.states}

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from dynadepth.model import set_budget
 from dynadepth.routed import routing_of
+from dynadepth.routing.context import current
 
 N = TypeVar("N")
 
@@ -51,7 +52,10 @@ class QuantileController(TrainerCallback):
 
     def _keep_input(self, router: nn.Module, args: tuple[Tensor, ...]) -> None:
         if router.training:
-            units = args[0].detach().flatten(0, -2)
+            units, context = args[0].detach(), current()
+            if units.dim() == 3 and context is not None and context.token_mask is not None:
+                units = units[context.token_mask]  # padding decides nothing
+            units = units.flatten(0, -2)
             self.inputs[router].append(units[:: max(1, len(units) // self.UNITS)])
 
     def keep_at(self, step: int) -> float:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from dynadepth import adapter
-from dynadepth.budget import in_order, prompts_to_batches
+from dynadepth.budget import importance, in_order, joined, prompts_to_batches
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
 from dynadepth.model import check_budget, set_budget
-from dynadepth.routed import routing_of
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.recipe import Recipe
@@ -26,6 +26,20 @@ from dynadepth.tuning.surrogate import fit_paths
 
 FIT_TOKENS = 32_768
 """Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
+
+WINDOW, WINDOWS = 2048, 16
+"""Tokens and number of the windows that importance is measured on."""
+
+
+def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: str) -> dict[Site, float]:
+    """1 − cosine importance of the target's sublayers on the texts of tuning examples, put end to end.
+
+    The windows are long because attentions that copy from the context look dispensable where there is little of it, and
+    then stand early in the order.
+    """
+    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    windows = joined((e.input_ids for e in examples), min(WINDOW, positions), WINDOWS)
+    return importance(model, prompts_to_batches(windows, pad, batch_size=2), target)
 
 
 def check_learnable(model: nn.Module, recipe: Recipe) -> None:

@@ -27,7 +27,7 @@ from dynadepth.tuning.data import Collator, Example, pad_token_id
 from dynadepth.tuning.heldout import distance, distances
 from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
-from dynadepth.tuning.start import check_learnable, fit, initialise, keep_of, resumable, state_budget
+from dynadepth.tuning.start import check_learnable, fit, initialise, keep_of, resumable, scores_of, state_budget
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
@@ -213,9 +213,7 @@ def tune(
         collator = Collator(pad, seed=seed)
         prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
         held_batches = budgets.prompts_to_batches(prompts, pad)
-        # Whole texts: short prompts put attentions that copy from the context early in the order.
-        texts = budgets.prompts_to_batches([e.input_ids for e in heldout], pad)
-        scores = budgets.importance(model, texts, routing.target.name)
+        scores = scores_of(model, examples, pad, routing.target.name)
         scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
         initialise(model, recipe, scores, budget)
