@@ -30,7 +30,8 @@ class Recipe:
     backbone."""
     init: str = "zeros"
     """`zeros`, or `importance`: biases start from 1 − cosine scores, so that tuning starts at the static route; of a
-    static route without an order, the scores are its order."""
+    static route without an order, the scores are its order; routers of tokens start from what skipping each token would
+    cost, predicted from its state (`token_routers`)."""
     controller: str = "none"
     """Of the routers' thresholds, `none`: they stay; `quantile`: they follow the logits' quantile, which pins the hard
     keep ratio. A static route has no thresholds and keeps to the budget."""

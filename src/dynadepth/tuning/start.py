@@ -23,6 +23,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.surrogate import fit_paths
+from dynadepth.tuning.token_routers import fit_token_routers
 
 FIT_TOKENS = 32_768
 """Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
@@ -96,18 +97,28 @@ def initialise(model: nn.Module, recipe: Recipe, scores: Mapping[Site, float], b
 
 
 def fit(
-    model: nn.Module, training: Sequence[Example], pad: int, progress: Callable[[int, int], None] | None
+    model: nn.Module,
+    recipe: Recipe,
+    training: Sequence[Example],
+    pad: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, float] | None:
-    """The closed-form fit of linear skip paths on the training examples: the share of variance that each site's
-    explains. None where there are none."""
-    if not routing_of(model).paths():
+    """What starts in closed form, on the training examples: skip paths (of each site the share of variance that it
+    explains is returned; None without paths), then, with `init: importance`, routers of tokens."""
+    routing = routing_of(model)
+    by_token = recipe.init == "importance" and not routing.granularity.sticky and not routing.is_static
+    if not (routing.paths() or by_token):
         return None
     chosen, tokens = [], 0
     for example in training:
         if tokens < FIT_TOKENS:
             chosen.append(example.input_ids)
             tokens += len(example.input_ids)
-    return {str(site): share for site, share in fit_paths(model, prompts_to_batches(chosen, pad), progress).items()}
+    batches = prompts_to_batches(chosen, pad)
+    explained = fit_paths(model, batches, progress) if routing.paths() else None
+    if by_token:
+        fit_token_routers(model, batches, progress)
+    return None if explained is None else {str(site): share for site, share in explained.items()}
 
 
 def resumable(out: Path, provenance: dict[str, Any]) -> str | None:

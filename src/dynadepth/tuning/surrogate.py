@@ -81,7 +81,7 @@ def fit_paths(
         for batch in batches:
             mask = batch["attention_mask"].bool().to(device)
             reality = Reality.of(mask)
-            for site, hidden, contribution in _observed(model, batch, list(chosen)):
+            for site, hidden, contribution in observed(model, batch, list(chosen)):
                 equations[site].add(_features(chosen[site], hidden, reality)[mask], contribution[mask].float())
             done += 1
             if progress:
@@ -130,7 +130,7 @@ class _Reached(Exception):
     """The highest site of interest has run."""
 
 
-def _observed(
+def observed(
     model: nn.Module, batch: dict[str, Tensor], sites: Sequence[Site]
 ) -> Iterator[tuple[Site, Tensor, Tensor]]:
     """Per site what its sublayer is given, and what it adds to the residual stream, both `[B, T, D]`, dense."""

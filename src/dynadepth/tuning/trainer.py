@@ -211,13 +211,19 @@ def tune(
         routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
         pad = pad_token_id(tokenizer)
         collator = Collator(pad, seed=seed)
-        prompts = [e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)] for e in heldout]
-        held_batches = budgets.prompts_to_batches(prompts, pad)
+        # A sequence is decided on its prompt, a token wherever it stands.
+        decided = [
+            e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)]
+            if routing.granularity.sticky
+            else e.input_ids
+            for e in heldout
+        ]
+        held_batches = budgets.prompts_to_batches(decided, pad)
         scores = scores_of(model, examples, pad, routing.target.name)
         scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
         initialise(model, recipe, scores, budget)
-        explained = fit(model, training, pad, _stage(progress, "fit"))
+        explained = fit(model, recipe, training, pad, _stage(progress, "fit"))
     except BaseException:
         detach(model)
         raise
