@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dynadepth import MindSkipConfig, Site, attach, fixed_routes, recording, routing_of, set_budget
+from dynadepth import MindSkipConfig, Site, attach, fixed_routes, load, recording, routing_of, save, set_budget
 from dynadepth.budget import (
     calibrate,
     forward,
@@ -196,3 +196,23 @@ def test_budget_counts_unrouted_sublayers():
         set_budget(model, mlp=0.75)
     set_budget(model, attention=1.0)
     assert all(float(r.threshold) == -torch.inf for r in routing.routers().values())
+
+
+def test_too_few_prompts_to_calibrate_are_said():
+    model = attach(tiny(), MindSkipConfig(layers=(1, 2)))
+    with pytest.raises(BudgetError, match="3 prompts are too few to calibrate 7 budgets on 2 routed sublayers: give "):
+        calibrate(model, prompts_to_batches(prompts(3, 0), pad=0))
+    with pytest.raises(BudgetError, match=r"0 prompts are too few .* at least 4"):
+        calibrate(model, [])
+    assert calibrate(model, prompts_to_batches(prompts(4, 0), pad=0)).points
+
+
+def test_calibration_and_loading_leave_a_budget_of_one_unasked(tmp_path):
+    model = attach(tiny(), MindSkipConfig(layers="all"))
+    calibrate(model, prompts_to_batches(prompts(4, 0), pad=0))
+    set_budget(model, attention=1.0)
+    calibrate(model, prompts_to_batches(prompts(4, 0), pad=0))
+    assert not any(router.asked for router in routing_of(model).routers().values())
+    save(model, tmp_path)
+    again = load(tiny(), tmp_path)
+    assert not any(router.asked for router in routing_of(again).routers().values())

@@ -147,6 +147,21 @@ def mixture(keep: float, n_layers: int, most: int) -> list[tuple[int, float]]:
     return [(low, 1.0)] if share < 1e-3 else [(low, 1 - share), (low + 1, share)]
 
 
+def check_prompts(model: nn.Module, batches: Batches, shares: int) -> None:
+    """Raises BudgetError where the prompts give fewer than `shares` + 1 routed units, so that the quantiles of some
+    shares would be the same; it says how many are needed."""
+    routing = routing_of(model)
+    by_sequence = routing.granularity.sticky
+    units = sum(len(b["input_ids"]) if by_sequence else int(b["attention_mask"].sum()) for b in batches)
+    needed = -(-(shares + 1) // max(1, len(routing.sites)))
+    if units < needed:
+        what = "prompts" if by_sequence else "tokens of prompts"
+        raise BudgetError(
+            f"{units} {what} are too few to calibrate {shares} budgets on {len(routing.sites)} routed sublayers: give "
+            f"at least {needed}."
+        )
+
+
 def calibrate(
     model: nn.Module, batches: Batches, keeps: Sequence[float] = KEEPS, progress: Progress | None = None
 ) -> Calibration:
@@ -154,11 +169,12 @@ def calibrate(
 
     For each share it searches twice: the quantile of the logits seen under the last threshold, then of those seen under
     the new one, since skipping a lower site changes what the routers above see. The routers' thresholds are as before
-    afterwards.
+    afterwards. Raises BudgetError where there are fewer units than shares to tell apart.
     """
     routing = routing_of(model)
     routers = list(routing.routers().values())
-    before = [router.threshold.clone() for router in routers]
+    check_prompts(model, batches, len(set(keeps)))
+    before = [(router.threshold.clone(), router.asked) for router in routers]
     points, todo = [], sorted({min(max(keep, 0.0), 1.0) for keep in keeps}, reverse=True)
     try:
         with quietly(unwrapped(model)):
@@ -175,12 +191,22 @@ def calibrate(
                 if progress:
                     progress(done + 1, len(todo))
     finally:
-        for router, threshold in zip(routers, before, strict=True):
+        for router, (threshold, asked) in zip(routers, before, strict=True):
             router.threshold.copy_(threshold)
+            router.asked = asked
     rows = sum(len(batch["input_ids"]) for batch in batches)
     ordered = sorted({point.keep: point for point in points}.values(), key=lambda point: point.keep)
     routing.calibration = Calibration(tuple(ordered), rows)
     return routing.calibration
+
+
+def pin_threshold(model: nn.Module, batches: Batches, keep: float) -> None:
+    """Sets the common threshold that keeps a share of the routed units of `batches`, as the routers answer where
+    everything executes."""
+    routers = list(routing_of(model).routers().values())
+    with quietly(unwrapped(model)):
+        set_threshold(routers, float("-inf"))
+        set_threshold(routers, quantile_threshold(_router_logits(model, batches), keep))
 
 
 def quantile_threshold(logits: Tensor, keep: float) -> float:

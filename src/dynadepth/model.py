@@ -319,6 +319,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "sites": [str(site) for site in routing.sites],
         "base_model": adapter.identity(unwrapped(model), decoder_layers(unwrapped(model), routing.spec)),
         "budget": routing.budget,
+        "speedup": routing.speedup,
         "calibration": None if routing.calibration is None else routing.calibration.to_dict(),
         "provenance": routing.provenance,
     }
@@ -348,5 +349,8 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
         raise AdapterError(
             f"{directory} does not fit its own configuration ({error}): save the routers again."
         ) from error
-    routing.budget, routing.provenance = data.get("budget"), data.get("provenance", {})
+    for router in routing.routers().values():
+        router.asked = bool(router.threshold > float("-inf"))
+    routing.budget, routing.speedup = data.get("budget"), data.get("speedup")
+    routing.provenance = data.get("provenance", {})
     return model

@@ -85,13 +85,14 @@ def test_a_context_that_the_model_does_not_read(refused, tmp_path):
 
 def test_tune_solves_before_it_tunes(run, model_folder, tmp_path, measured):
     data, out = tmp_path / "data.jsonl", tmp_path / "routers"
-    rows = [{"prompt": f"why is the {word}", "completion": " the sky is blue"} for word in ("sky", "class") * 6]
+    rows = [{"prompt": f"why is the {word}", "completion": " the sky is blue"} for word in ("sky", "class") * 15]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     result = run("tune", model_folder, "--out", out, "--data", data, "--budget", "1.5x")
     assert result.exit_code == 0, result.output
     assert SAID in result.stderr.splitlines()
     saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
     assert saved["provenance"]["budget"] == saved["budget"] == 0.33
+    assert saved["speedup"]["asked"] == "1.5x"
     again = run(
         "generate", model_folder, "--routers", out, "--prompt", "why", "--budget", "1.5x", "--max-new-tokens", 1
     )

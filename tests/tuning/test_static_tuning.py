@@ -117,6 +117,7 @@ def test_an_order_may_be_given(tmp_path):
         ({"method": {"method": "static"}}, "nothing to tune: method 'static'.*set skip_path to linear"),
         ({"method": {**LINEAR_SETTINGS, "skip": (1,)}}, r"skip \[1\] is a bare route"),
         ({"method": {**LINEAR_SETTINGS, "order": (1, 0)}}, r"method\.order \[1, 0\] gives one: leave one out"),
+        ({"method": {**LINEAR_SETTINGS, "granularity": "token"}}, "tune it at sequence granularity, not token"),
         ({"init": "zeros"}, "needs an order: set init to importance"),
         ({"choose": True}, "'test' cannot choose between routers and a static route: its method is static"),
     ],

@@ -79,6 +79,7 @@ def test_tuning_by_token_starts_with_tokens_told_apart(tmp_path):
     result = tune(model, Tokenizer(), examples(), still, out=tmp_path, budget=0.5)
     assert all(bool(router.weight.any()) for router in routing_of(model).routers().values())
     assert result.moved == 0.0
+    assert result.keep_before.all == pytest.approx(0.5, abs=0.1)  # the first threshold is of these routers already
     assert result.keep_after.all == pytest.approx(0.5, abs=0.04)
     for budget in (0.75, 0.35):
         set_budget(model, attention=budget)

@@ -184,6 +184,8 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
     tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
     other = dataclasses.replace(RECIPE, learning_rate=0.01)
     assert len(tune(tiny(), Tokenizer(), examples(), other, out=tmp_path).losses) == 12
+    assert len(tune(tiny(), Tokenizer(), examples(seed=1), other, out=tmp_path).losses) == 12
+    assert len(tune(tiny(), Tokenizer(), examples(seed=1), other, out=tmp_path, granularity="token").losses) == 12
 
 
 def test_nan_stops_keeps_the_last_good_state_and_says_what_to_try(tmp_path, monkeypatch):

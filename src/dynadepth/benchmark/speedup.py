@@ -132,7 +132,7 @@ def solved_budget(table: CostTable, routing: Routing, times: float) -> float:
             f"A speed-up of {times:g}x cannot be reached on this machine: the largest at {table.workload} is "
             f"{reached:.2f}x, with {lowest:.2f} of the {target.name}s executing; {', or '.join(ways)}."
         )
-    return max(lowest, math.floor(100 * budget + 1e-9) / 100)
+    return max(lowest, budget if routing.is_static else math.floor(100 * budget + 1e-9) / 100)
 
 
 def check_times(times: float) -> float:

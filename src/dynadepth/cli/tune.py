@@ -85,14 +85,16 @@ def tune(
             target=target, granularity=granularity, kv_policy=kv_policy
         )  # what is wrong is said now
         loaded, tokenizer = open_model(model)
+        speedup = None
         if isinstance(share, options.Speed):
             from dynadepth.benchmark.speedup import Workload, speedup_of
 
             with progress(f"solving {share}") as tell:
                 found = speedup_of(loaded, config, share.times, Workload(**share.workload), tell)
             say(str(found))
-            share = found.budget
+            share, speedup = found.budget, found.to_dict()
         from dynadepth.report.stamp import sign
+        from dynadepth.routed import routing_of
         from dynadepth.tuning import examples_for
         from dynadepth.tuning import tune as tune_routers
 
@@ -122,6 +124,7 @@ def tune(
                 seed=seed,
                 progress=lambda stage, done, total, figures: tell(_line(stage, done, total, figures)),
             )
+        routing_of(loaded).speedup = speedup
         sign(loaded, out_dir, model, seed)
 
         grid = table(

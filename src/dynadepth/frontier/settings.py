@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import BudgetError, ConfigError
-from dynadepth.evaluation.files import read_text
+from dynadepth.evaluation.files import read_text, with_window
+from dynadepth.evaluation.perplexity import protocol
 from dynadepth.report.cells import OWN
 
 BUDGETS = (0.875, 0.75, 0.625, 0.5)
@@ -52,6 +53,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}.")
+        for file in self.perplexity:
+            protocol(with_window(file)[1])
         names = [Path(file).name for file in self.perplexity]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"two texts are called {twice[0]}: the results are told apart by the files' names.")

@@ -65,6 +65,9 @@ class QuantileController(TrainerCallback):
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0 and len(self.keeps) > 1:
+            weights = [getattr(router, "weight", None) for router in self.routers]
+            if any(weight is not None and bool(weight.any()) for weight in weights):
+                return  # they look at their inputs already: the first step keeps the threshold it was given
             biases = [getattr(router, "bias", None) for router in self.routers]
             known = torch.stack([torch.zeros(()) if bias is None else bias.detach().cpu() for bias in biases])
             self._set(known, 0)

@@ -125,6 +125,11 @@ class Recipe:
                 f"Recipe {self.name!r} cannot choose between routers and a static route: its method is static and "
                 "tunes no routers; name another method."
             )
+        if config.granularity != "sequence":
+            raise ConfigError(
+                "A static route is the same for every token: tune it at sequence granularity, not "
+                f"{config.granularity}."
+            )
         if config.skip:
             raise ConfigError(
                 f"skip {list(config.skip)} is a bare route, which no budget fits: give method.order, or leave both out "

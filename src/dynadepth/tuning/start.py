@@ -4,6 +4,7 @@ checkpoint of an interrupted one."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from dynadepth import adapter
-from dynadepth.budget import importance, in_order, joined, prompts_to_batches
+from dynadepth.budget import importance, in_order, joined, pin_threshold, prompts_to_batches
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
 from dynadepth.model import check_budget, set_budget
@@ -30,16 +31,22 @@ FIT_TOKENS = 32_768
 
 WINDOW, WINDOWS = 2048, 16
 """Tokens and number of the windows that importance is measured on."""
+PINNED = 2
+"""Batches, the longest ones, on which the first threshold of routers of tokens is measured."""
 
 
 def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: str) -> dict[Site, float]:
-    """1 − cosine importance of the target's sublayers on the texts of tuning examples, put end to end.
+    """1 − cosine importance of the target's sublayers on the texts of tuning examples, held-out ones among them, put
+    end to end.
 
     The windows are long because attentions that copy from the context look dispensable where there is little of it, and
-    then stand early in the order.
+    then stand early in the order. A token with which every example begins (`<bos>`) begins every window.
     """
     positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
-    windows = joined((e.input_ids for e in examples), min(WINDOW, positions), WINDOWS)
+    first = {e.input_ids[0] for e in examples}
+    special = list(first) if len(first) == 1 and len(examples) > 1 else []
+    texts = (e.input_ids[len(special) :] for e in examples)
+    windows = [special + ids for ids in joined(texts, min(WINDOW, positions) - len(special), WINDOWS)]
     return importance(model, prompts_to_batches(windows, pad, batch_size=2), target)
 
 
@@ -101,10 +108,11 @@ def fit(
     recipe: Recipe,
     training: Sequence[Example],
     pad: int,
+    budget: float,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, float] | None:
     """What starts in closed form, on the training examples: skip paths (of each site the share of variance that it
-    explains is returned; None without paths), then, with `init: importance`, routers of tokens."""
+    explains is returned; None without paths), then, with `init: importance`, routers of tokens, set to the budget."""
     routing = routing_of(model)
     by_token = recipe.init == "importance" and not routing.granularity.sticky and not routing.is_static
     if not (routing.paths() or by_token):
@@ -118,7 +126,13 @@ def fit(
     explained = fit_paths(model, batches, progress) if routing.paths() else None
     if by_token:
         fit_token_routers(model, batches, progress)
+        pin_threshold(model, batches[-PINNED:], keep_of(model, budget))
     return None if explained is None else {str(site): share for site, share in explained.items()}
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """Of what is tuned on and held out: a checkpoint of other data is not gone on from."""
+    return hashlib.sha256(json.dumps([(e.input_ids, e.prompt_length) for e in examples]).encode()).hexdigest()[:16]
 
 
 def resumable(out: Path, provenance: dict[str, Any]) -> str | None:

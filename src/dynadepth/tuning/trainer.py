@@ -27,7 +27,16 @@ from dynadepth.tuning.data import Collator, Example, pad_token_id
 from dynadepth.tuning.heldout import distance, distances
 from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
-from dynadepth.tuning.start import check_learnable, fit, initialise, keep_of, resumable, scores_of, state_budget
+from dynadepth.tuning.start import (
+    check_learnable,
+    data_digest,
+    fit,
+    initialise,
+    keep_of,
+    resumable,
+    scores_of,
+    state_budget,
+)
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
@@ -208,7 +217,14 @@ def tune(
         budget, keep = state_budget(model, recipe, budget, overrides)
         check_learnable(model, recipe)
         routing = routing_of(model)
-        routing.provenance = {"recipe": recipe.to_dict(), "budget": budget, "seed": seed, "n_train": len(training)}
+        routing.provenance = {
+            "recipe": recipe.to_dict(),
+            "config": routing.config.to_dict(),
+            "budget": budget,
+            "seed": seed,
+            "n_train": len(training),
+            "data": data_digest(examples),
+        }
         pad = pad_token_id(tokenizer)
         collator = Collator(pad, seed=seed)
         # A sequence is decided on its prompt, a token wherever it stands.
@@ -219,11 +235,14 @@ def tune(
             for e in heldout
         ]
         held_batches = budgets.prompts_to_batches(decided, pad)
+        shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
+        if shares:
+            budgets.check_prompts(model, held_batches, len(shares))
         scores = scores_of(model, examples, pad, routing.target.name)
         scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
         initialise(model, recipe, scores, budget)
-        explained = fit(model, recipe, training, pad, _stage(progress, "fit"))
+        explained = fit(model, recipe, training, pad, budget, _stage(progress, "fit"))
     except BaseException:
         detach(model)
         raise
@@ -248,11 +267,10 @@ def tune(
     now, n_trainable = _snapshot(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     moved = [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and f".{PATH}." not in k]
     choice = None
-    if recipe.calibrate and not routing.is_static:
-        keeps = sorted({*budgets.KEEPS, round(keep, 4)})
-        budgets.calibrate(model, held_batches, keeps, _stage(progress, "calibrate"))
+    if shares:
+        budgets.calibrate(model, held_batches, shares, _stage(progress, "calibrate"))
         if recipe.choose:
-            compared = recipe.budgets or (budget,)
+            compared = tuple(dict.fromkeys((budget, *recipe.budgets)))
             choice = choose(model, heldout, collator, compared, scores, _stage(progress, "compare"))
             if choice.chosen == STATIC:
                 settle(model, choice.order)
