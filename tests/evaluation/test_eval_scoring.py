@@ -131,3 +131,15 @@ def test_half_precision_logits_become_float32_before_the_softmax():
     log_probs, _ = pair_log_probs(states, lambda x: x @ weight.T, torch.arange(4), torch.tensor([1, 2, 3, 4]))
     expected = (states @ weight.T).float().log_softmax(-1)
     assert torch.equal(log_probs, expected[torch.arange(4), torch.tensor([1, 2, 3, 4])])
+
+
+def test_the_head_is_given_states_that_fold():
+    """A head whose weight is frozen copies it once a row for a slice of the states: several times a whole prefill."""
+    model = gpt_neox().eval().requires_grad_(False)
+    given = []
+    scorer = Scorer(model, False)
+    model.get_output_embeddings().register_forward_hook(lambda head, args, output: given.append(args[0]))
+    ids, mask, _ = inputs()
+    scorer(ids, mask, None)
+    assert [tuple(states.shape) for states in given] == [(3, 1, 32)]
+    assert all(states.is_contiguous() for states in given)

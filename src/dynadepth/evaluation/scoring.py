@@ -93,7 +93,8 @@ class _Tap:
         if threading.get_ident() != self._thread or not args:
             return None
         self.entered = args[0]
-        return (args[0][:, -1:], *args[1:])
+        # A frozen head (as under routers) multiplies a slice with an expanded copy of its weight: see `folded_input`.
+        return (args[0][:, -1:].contiguous(), *args[1:])
 
     def _after(self, _: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         if threading.get_ident() == self._thread:
