@@ -17,7 +17,7 @@ from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of
 from dynadepth.architectures.probe import quietly
 from dynadepth.errors import BudgetError
 from dynadepth.model import disabled, set_threshold
-from dynadepth.routed import routing_of, unwrapped
+from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
 from dynadepth.routing.decision import Site
 from dynadepth.routing.recorder import recording
@@ -147,13 +147,18 @@ def mixture(keep: float, n_layers: int, most: int) -> list[tuple[int, float]]:
     return [(low, 1.0)] if share < 1e-3 else [(low, 1 - share), (low + 1, share)]
 
 
+def units_needed(routing: Routing, shares: int) -> int:
+    """Prompts (at token granularity: tokens of prompts) that tell so many shares apart: `shares` + 1 routed units."""
+    return -(-(shares + 1) // max(1, len(routing.sites)))
+
+
 def check_prompts(model: nn.Module, batches: Batches, shares: int) -> None:
-    """Raises BudgetError where the prompts give fewer than `shares` + 1 routed units, so that the quantiles of some
-    shares would be the same; it says how many are needed."""
+    """Raises BudgetError where the prompts are fewer than `units_needed`, so that the quantiles of some shares would be
+    the same."""
     routing = routing_of(model)
     by_sequence = routing.granularity.sticky
     units = sum(len(b["input_ids"]) if by_sequence else int(b["attention_mask"].sum()) for b in batches)
-    needed = -(-(shares + 1) // max(1, len(routing.sites)))
+    needed = units_needed(routing, shares)
     if units < needed:
         what = "prompts" if by_sequence else "tokens of prompts"
         raise BudgetError(

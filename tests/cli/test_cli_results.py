@@ -263,5 +263,5 @@ def test_tune_can_choose(run, model_folder, data, tmp_path):
     assert saved["config"]["method"] == {"static": "static", "routers": "mindskip"}[choice["chosen"]]
     sentence = f"chosen: {choice['chosen']} ({choice['why']})"
     assert sentence in " ".join(result.stdout.split())
-    assert "4 budgets, 1 held-out text)" in sentence
+    assert "4 budgets, 2 held-out texts)" in sentence
     assert f"chosen {choice['chosen']} ({choice['why']})" in " ".join(run("info", out).stdout.split())

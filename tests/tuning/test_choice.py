@@ -200,7 +200,7 @@ def test_a_run_that_chooses_a_static_route_saves_one(tmp_path):
     result = tune(model, Tokenizer(), examples(), recipe, out=tmp_path, budget=0.5)
     found = result.choice
     assert found.chosen == "static"
-    assert [row["budget"] for row in found.by_budget] == [0.5, 0.75]
+    assert [row["budget"] for row in found.by_budget] == [0.75, 0.5]
     assert result.n_trainable == 4 * 33 + 4 * (4 * 32 * 4 + 32)  # routers were tuned, too
     assert result.moved > 1e-3
     assert (result.keep_after.all, result.kl_static) == (0.5, None)

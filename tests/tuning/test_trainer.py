@@ -180,6 +180,14 @@ def test_a_share_of_the_tokens_stands_for_all_of_them():
     assert sum(drawn) / len(drawn) == pytest.approx(whole, rel=0.1)
 
 
+def test_few_examples_are_held_out_as_calibration_needs_them(tmp_path):
+    few = dataclasses.replace(RECIPE, holdout=0.1)
+    result = tune(tiny(), Tokenizer(), examples(12), few, out=tmp_path / "12")
+    assert (result.n_heldout, result.n_train) == (2, 10)  # 7 shares and one more unit, on 4 sites
+    with pytest.raises(BudgetError, match="1 prompts are too few to calibrate 7 budgets on 4 routed sublayers: give"):
+        tune(tiny(), Tokenizer(), examples(2), few, out=tmp_path / "2")
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
     tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
     other = dataclasses.replace(RECIPE, learning_rate=0.01)

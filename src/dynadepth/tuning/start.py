@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from dynadepth import adapter
-from dynadepth.budget import importance, in_order, joined, pin_threshold, prompts_to_batches
+from dynadepth.budget import importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
 from dynadepth.model import check_budget, set_budget
-from dynadepth.routed import routing_of, unwrapped
+from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.recipe import Recipe
@@ -128,6 +128,13 @@ def fit(
         fit_token_routers(model, batches, progress)
         pin_threshold(model, batches[-PINNED:], keep_of(model, budget))
     return None if explained is None else {str(site): share for site, share in explained.items()}
+
+
+def held_out(recipe: Recipe, routing: Routing, n_examples: int, shares: int) -> int:
+    """How many examples are held out: the recipe's share, or as many more as it takes to calibrate `shares`; one is
+    left to tune on."""
+    needed = units_needed(routing, shares) if shares and routing.granularity.sticky else 1
+    return min(max(1, round(recipe.holdout * n_examples), needed), n_examples - 1)
 
 
 def data_digest(examples: Sequence[Example]) -> str:

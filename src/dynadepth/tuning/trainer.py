@@ -31,6 +31,7 @@ from dynadepth.tuning.start import (
     check_learnable,
     data_digest,
     fit,
+    held_out,
     initialise,
     keep_of,
     resumable,
@@ -197,19 +198,17 @@ def tune(
     """Attaches fresh routers to `model`, tunes them on `examples`, calibrates their budgets and saves them in `out`.
 
     Where the recipe says `choose`, a static route with the same skip paths is saved instead unless the routers are
-    better. Held-out examples (the recipe's share) give the calibration, that choice and the figures of the result,
-    never gradients. An interrupted run with the same settings resumes from its last checkpoint. Raises TuningError
-    where the loss turns NaN (the last good routers are saved first) or where there are too few examples, ConfigError
-    where the recipe leaves nothing to tune.
+    better. Held-out examples (the recipe's share, or as many as calibration takes) give the calibration, that choice
+    and the figures of the result, never gradients. An interrupted run with the same settings resumes from its last
+    checkpoint. Raises TuningError where the loss turns NaN (the last good routers are saved first) or where there are
+    too few examples, ConfigError where the recipe leaves nothing to tune.
     """
     started = time.monotonic()
     out = Path(out)
     if is_attached(model):
         raise ConfigError("This model is already routed: dynadepth.detach(model) first.")
-    n_heldout = max(1, round(recipe.holdout * len(examples)))
-    if len(examples) - n_heldout < 1:
+    if len(examples) < 2:
         raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
-    heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
 
     overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
     attach(model, recipe.config(**overrides))
@@ -217,6 +216,9 @@ def tune(
         budget, keep = state_budget(model, recipe, budget, overrides)
         check_learnable(model, recipe)
         routing = routing_of(model)
+        shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
+        n_heldout = held_out(recipe, routing, len(examples), len(shares))
+        heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
         routing.provenance = {
             "recipe": recipe.to_dict(),
             "config": routing.config.to_dict(),
@@ -235,7 +237,6 @@ def tune(
             for e in heldout
         ]
         held_batches = budgets.prompts_to_batches(decided, pad)
-        shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
         if shares:
             budgets.check_prompts(model, held_batches, len(shares))
         scores = scores_of(model, examples, pad, routing.target.name)
@@ -270,7 +271,7 @@ def tune(
     if shares:
         budgets.calibrate(model, held_batches, shares, _stage(progress, "calibrate"))
         if recipe.choose:
-            compared = tuple(dict.fromkeys((budget, *recipe.budgets)))
+            compared = sorted({budget, *recipe.budgets}, reverse=True)
             choice = choose(model, heldout, collator, compared, scores, _stage(progress, "compare"))
             if choice.chosen == STATIC:
                 settle(model, choice.order)
