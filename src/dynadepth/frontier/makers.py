@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from dynadepth.budget import in_order
 from dynadepth.errors import BudgetError
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import DepthConfig
@@ -160,7 +161,7 @@ class TwinOf(Maker):
         folder = bench.routers(self.of, recipe)
         scores = bench.scores(self.of, recipe, recipe.config().target)
         routed = recipe.config().routed_layers(bench.n_layers)
-        order = [s.layer for s in sorted(scores, key=lambda site: scores[site]) if s.layer in routed]
+        order = [layer for layer in in_order(scores) if layer in routed]
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
         counts = whole_counts(keep, bench.n_layers, len(order))
         return [Part(_fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]

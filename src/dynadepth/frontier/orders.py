@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from dynadepth.budget import in_order
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.frontier.settings import difference
 from dynadepth.frontier.workbench import Workbench
@@ -33,7 +34,7 @@ Scores = dict[Site, float]
 
 
 def _cosine(bench: Workbench, name: str, target: str) -> list[int]:
-    return _ascending(bench.scores(name, load_recipe(), target))
+    return list(in_order(bench.scores(name, load_recipe(), target)))
 
 
 def _alone(bench: Workbench, name: str, target: str) -> list[int]:
@@ -42,7 +43,7 @@ def _alone(bench: Workbench, name: str, target: str) -> list[int]:
         with _measuring(bench, name, target) as damage:
             found.alone = alone(damage, _told(bench, "alone"))
         found.write(bench, name)
-    return _ascending(found.alone)
+    return list(in_order(found.alone))
 
 
 def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
@@ -176,7 +177,3 @@ def _measuring(bench: Workbench, name: str, target: str) -> Iterator[Damage]:
 
 def _told(bench: Workbench, how: str) -> Callable[[int, int], None]:
     return lambda done, total: bench.tell(f"importance by removal, {how}: {done} of {total} sublayers")
-
-
-def _ascending(scores: Scores) -> list[int]:
-    return [site.layer for site in sorted(scores, key=lambda site: scores[site])]
