@@ -143,14 +143,14 @@ def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], 
         module.add_module(ROUTER, state.router)
         if state.skip_path.streams:
             module.add_module(PATH, state.skip_path)
-        module.depth_state = state  # type: ignore[assignment]
+        module.depth_state = state  # type: ignore[assignment]  # a module takes any attribute
         swap_class(module, RoutedSublayer)
         norm = _norms(routing.target, routing.spec, decoder_layers(base, routing.spec)[site.layer])[0]
         if state.post_norm and norm is not None:
-            norm.depth_state = state  # type: ignore[assignment]
+            norm.depth_state = state  # type: ignore[assignment]  # a module takes any attribute
             swap_class(norm, RoutedNorm)
     for part in _entrances(base):
-        part.depth_routing = routing  # type: ignore[assignment]
+        part.depth_routing = routing  # type: ignore[assignment]  # a module takes any attribute
         swap_class(part, RoutedModel)
     head = base.get_output_embeddings()
     if head is not None:

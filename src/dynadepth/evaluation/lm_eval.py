@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
 from dynadepth import hub
 from dynadepth.errors import ConfigError, DataError, DynadepthError

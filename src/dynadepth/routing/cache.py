@@ -81,7 +81,7 @@ class RoutedCache(DynamicCache):
                 self.layers[index] = layer.like
         for name in ("seen", "book", "stored_rows", "layout", "memories"):
             delattr(self, name)
-        self.__class__ = DynamicCache  # type: ignore[assignment]
+        self.__class__ = DynamicCache  # type: ignore[assignment]  # the same layout
 
     def refuse(self, reason: str) -> NoReturn:
         """Raises UnsupportedCacheError for a forward that cannot read this cache."""

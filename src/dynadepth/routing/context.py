@@ -182,5 +182,5 @@ def carrying_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
         return checkpoint(run, *args, **kwargs)
 
-    carried.__wrapped__ = checkpoint  # type: ignore[attr-defined]
+    carried.__wrapped__ = checkpoint  # type: ignore[attr-defined]  # as functools.wraps does
     return carried

@@ -75,9 +75,9 @@ class RoutedModel:
         """The base model's `generate`, after refusing what cannot hold a route."""
         if not is_disabled(self.depth_routing):
             config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-            config = config or self.generation_config  # type: ignore[attr-defined]
+            config = config or self.generation_config  # type: ignore[attr-defined]  # mixed into a model's class
             refuse_unroutable(self.depth_routing, lambda name: kwargs.get(name, getattr(config, name, None)))
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # mixed into a model's class
 
     @wraps(GenerationMixin._assisted_decoding)  # `generate` reads its signature
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,11 +114,11 @@ class RoutedModel:
         if self.depth_routing.trainable:
             self.depth_routing.input_grads = True
         else:
-            super().enable_input_require_grads()  # type: ignore[misc]
+            super().enable_input_require_grads()  # type: ignore[misc]  # mixed into a model's class
 
     def disable_input_require_grads(self) -> None:
         self.depth_routing.input_grads = False
-        super().disable_input_require_grads()  # type: ignore[misc]
+        super().disable_input_require_grads()  # type: ignore[misc]  # mixed into a model's class
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
@@ -132,7 +132,7 @@ class RoutedModel:
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
         function = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
-        super()._set_gradient_checkpointing(  # type: ignore[misc]
+        super()._set_gradient_checkpointing(  # type: ignore[misc]  # mixed into a model's class
             enable=enable, gradient_checkpointing_func=carrying_context(function), **kwargs
         )
 
