@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dynadepth
 
 from .matrix import BATCH, ONCE, SHORT, TOKENS, Cell, in_chunks, inputs, over, routed
-from .models import LAYERS, tiny
+from .models import FAMILIES, LAYERS, tiny
 from .oracle import attention_of, layers_of, module_of
 
 EXECUTING = 5  # tokens of each row at a site that executes in part
@@ -121,6 +121,20 @@ def test_skipped_units_store_nothing(name: str, cell: Cell) -> None:
     assert cache.reserved_bytes() >= wanted
     if not (cell.has_policy and cell.kv_policy == "drop"):
         assert cache.reserved_bytes() == wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prefill_stores_its_keys_as_the_base_does_and_nothing_larger(name: str) -> None:
+    model, batch = tiny(name), inputs()
+    dense = model(**batch).past_key_values
+    dynadepth.attach(model, dynadepth.StaticConfig(layers="all"))
+    cache = model(**batch).past_key_values
+    for found, wanted in zip(cache.layers, dense.layers, strict=True):
+        for part in ("keys", "values"):
+            states = getattr(found, part)
+            assert torch.equal(states, getattr(wanted, part))
+            if not found.is_sliding:  # those are the base class's own affair
+                assert states.untyped_storage().nbytes() == states.nbytes
 
 
 @contextmanager

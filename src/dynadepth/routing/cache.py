@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.context import current
@@ -121,6 +121,8 @@ class RoutedCache(DynamicCache):
         elif self.seen and not layer.is_initialized:
             self._fill_past(layer, key_states, value_states)
         if not self.offloading:
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                return _first_states(layer, key_states, value_states)
             return layer.update(key_states, value_states, *args, **kwargs)
         if layer.is_initialized:
             # the base class fetches the next layer ahead, which a skipped layer before this one did not
@@ -251,6 +253,19 @@ class RoutedCache(DynamicCache):
                 )
                 total -= bytes_ - bytes_ * layer.stored(self.seen) // layer.positions.numel()
         return total
+
+
+def _first_states(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """An empty layer takes its first states as they are, where the base class would join them to an empty tensor: a
+    copy of every key and value of a prefill. Only views of something larger are copied, since they would keep it."""
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+    layer.keys, layer.values = _own(keys), _own(values)
+    return layer.keys, layer.values
+
+
+def _own(states: Tensor) -> Tensor:
+    whole = states.untyped_storage().nbytes() == states.nbytes
+    return states if whole else states.clone(memory_format=torch.contiguous_format)
 
 
 def _forgot(layer: Any, count: int) -> bool:

@@ -92,7 +92,7 @@ class PerSequence(Granularity):
             )
         if mask is None:
             total = hidden.sum(1) if hidden.dtype == torch.bfloat16 else hidden.float().sum(1)
-            return total.float() / hidden.shape[1]
+            return total.float().div_(hidden.shape[1])
         # Not multiplied by the mask: what padding computes may be nan.
         total = hidden.to(torch.float32, copy=True).masked_fill_(~mask.unsqueeze(-1), 0).sum(1)
         return total / mask.sum(1, keepdim=True).clamp(min=1)
