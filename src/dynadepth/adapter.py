@@ -1,5 +1,5 @@
 """Routers on disk: one JSON file that says what they are and for which model, one safetensors file with their
-tensors."""
+tensors; a LoRA beside them in PEFT's own two files, whose digests the JSON file has."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynadepth import lora
 from dynadepth.errors import AdapterError
 from dynadepth.routing.sublayer import is_attached_name
 
 CONFIG, WEIGHTS = "routing_config.json", "routers.safetensors"
-FORMAT = 2
+FORMAT = 3
+WITHOUT_LORA = 2
+"""The format of routers without a LoRA, which older versions read, too."""
 SAMPLE = 512
 """Weights a layer whose signs go into the fingerprint."""
 
@@ -57,21 +60,34 @@ def check_identity(directory: Path, made_for: dict[str, Any], model: dict[str, A
         )
 
 
-def write(directory: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Writes both files; a crash or a full disk leaves what was there before."""
-    from safetensors.torch import save as serialise
+def write(
+    directory: Path,
+    data: dict[str, Any],
+    tensors: dict[str, Tensor],
+    beside: tuple[str, dict[str, Tensor]] | None = None,
+) -> Path:
+    """Writes all files; a crash or a full disk leaves what was there before.
 
-    blob = serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    document = {"format": FORMAT, **data, "sha256": hashlib.sha256(blob).hexdigest()}
+    `beside`: a LoRA, as PEFT's configuration and tensors. Without one, that of earlier routers in the folder goes.
+    """
+    blobs = {WEIGHTS: _serialised(tensors)}
+    document = {"format": WITHOUT_LORA, **data, "sha256": _sha256(blobs[WEIGHTS])}
+    if beside is not None:
+        added = {lora.CONFIG: beside[0].encode(), lora.WEIGHTS: _serialised(beside[1], {"format": "pt"})}
+        document |= {"format": FORMAT, "lora": {name: _sha256(blob) for name, blob in added.items()}}
+        blobs |= added
     text = json.dumps(document, indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        left = [directory / name for name in _listed(directory) if name not in blobs]
         together(
             {
-                directory / WEIGHTS: lambda path: path.write_bytes(blob),
+                **{directory / name: _bytes_writer(blob) for name, blob in blobs.items()},
                 directory / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
             }
         )
+        for path in left:
+            path.unlink(missing_ok=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise AdapterError(
@@ -79,6 +95,29 @@ def write(directory: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> 
             ) from error
         raise AdapterError(f"The routers cannot be saved in {directory}: {error.strerror or error}.") from error
     return directory
+
+
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    from safetensors.torch import save as serialise
+
+    return serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def _bytes_writer(blob: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(blob)
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _listed(directory: Path) -> list[str]:
+    """The LoRA files of the routers in a folder, if there are any."""
+    try:
+        found = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("lora") or {}
+        return [name for name in found if name in (lora.CONFIG, lora.WEIGHTS)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def atomically(path: Path, write_to: Callable[[Path], Any]) -> None:
@@ -119,12 +158,13 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise AdapterError(
             f"{directory} has format {found}, this version reads up to {FORMAT}: upgrade with pip install -U dynadepth."
         )
-    blob = (directory / WEIGHTS).read_bytes()
-    if hashlib.sha256(blob).hexdigest() != document.get("sha256"):
-        raise AdapterError(
-            f"{directory / WEIGHTS} is truncated or was changed (its SHA-256 is not the one in {CONFIG}): "
-            "save the routers again."
-        )
+    blob = _checked(directory, WEIGHTS, document.get("sha256"))
+    beside = document.get("lora")
+    if beside is not None:
+        if not isinstance(beside, dict) or set(beside) != {lora.CONFIG, lora.WEIGHTS}:
+            raise AdapterError(f"{directory / CONFIG} is damaged (its 'lora'): save the routers again.")
+        for name, digest in beside.items():
+            _checked(directory, name, digest)
     for key in ("config", "base_model"):
         if not isinstance(document.get(key), dict):
             raise AdapterError(f"{directory / CONFIG} is damaged (no {key!r}): save the routers again.")
@@ -132,3 +172,32 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return document, deserialise(blob)
     except SafetensorError as error:
         raise AdapterError(f"{directory / WEIGHTS} is damaged ({error}): save the routers again.") from error
+
+
+def read_lora(directory: Path, document: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """PEFT's configuration and tensors beside routers whose `document` was read; None where there is no LoRA."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialise
+
+    if document.get("lora") is None:
+        return None
+    try:
+        config = json.loads((directory / lora.CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+        return config, deserialise((directory / lora.WEIGHTS).read_bytes())
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(f"The LoRA in {directory} is damaged ({error}): save the routers again.") from error
+
+
+def _checked(directory: Path, name: str, digest: Any) -> bytes:
+    """A file's content, whose SHA-256 is the one given."""
+    if not (directory / name).is_file():
+        raise AdapterError(f"{directory} lacks {name}, which its {CONFIG} names: save the routers again.")
+    blob = (directory / name).read_bytes()
+    if _sha256(blob) != digest:
+        raise AdapterError(
+            f"{directory / name} is truncated or was changed (its SHA-256 is not the one in {CONFIG}): "
+            "save the routers again."
+        )
+    return blob

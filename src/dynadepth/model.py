@@ -17,6 +17,7 @@ from dynadepth import adapter
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for, text_config
 from dynadepth.architectures import probe as probing
 from dynadepth.errors import AdapterError, BudgetError, ConfigError, UnsupportedModelError
+from dynadepth.lora import Lora, LoraSettings, inject, read_config, remove
 from dynadepth.methods import DepthConfig, config_from_dict
 from dynadepth.routed import Routing, is_attached, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration
@@ -189,6 +190,9 @@ def detach(model: M) -> M:
     base = unwrapped(model)
     routing = routing_of(base)
     layers = decoder_layers(base, routing.spec)
+    if routing.lora is not None:
+        remove(base, routing.lora)
+        routing.lora = None
     for part in _entrances(base):
         restore_class(part, RoutedModel)
         del part.depth_routing
@@ -219,6 +223,23 @@ def detach(model: M) -> M:
     if routing.input_grads:
         base.enable_input_require_grads()
     return model
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> None:
+    """Puts a LoRA beside the routers of an attached model: trainable, float32, without effect until it is tuned.
+
+    It adapts routed forwards alone: `disabled` and `detach` give the base's own. Raises ConfigError for settings that
+    do not fit the model, a model that PEFT adapts already, or without the package `peft`.
+    """
+    base, routing = unwrapped(model), routing_of(model)
+    routing.lora = inject(base, routing, settings.config(base))
+
+
+def adopt_lora(model: nn.Module, lora: Lora) -> None:
+    """Puts a copy of a detached routing's LoRA beside the routers of an attached model, trainable."""
+    base, routing = unwrapped(model), routing_of(model)
+    routing.lora = inject(base, routing, lora.config)
+    routing.lora.load_tensors(lora.tensors())
 
 
 @contextmanager
@@ -312,7 +333,10 @@ def set_threshold(routers: Iterable[AbstractRouter], threshold: float) -> None:
 
 
 def save(model: nn.Module, directory: str | Path) -> Path:
-    """Writes `routing_config.json` and `routers.safetensors`, atomically; returns the directory."""
+    """Writes `routing_config.json` and `routers.safetensors`, atomically; returns the directory.
+
+    A LoRA beside the routers goes into the same folder in PEFT's own files.
+    """
     routing = routing_of(model)
     data = {
         "config": routing.config.to_dict(),
@@ -323,7 +347,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "calibration": None if routing.calibration is None else routing.calibration.to_dict(),
         "provenance": routing.provenance,
     }
-    return adapter.write(Path(directory), data, routing.tensors())
+    lora = None if routing.lora is None else (routing.lora.config_text(), routing.lora.tensors())
+    return adapter.write(Path(directory), data, routing.tensors(), lora)
 
 
 def load(model: M, directory: str | Path, strict: bool = True) -> M:
@@ -334,6 +359,7 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
     """
     directory = Path(directory)
     data, tensors = adapter.read(directory)
+    lora = adapter.read_lora(directory, data)
     base = unwrapped(model)
     adapter.check_identity(directory, data["base_model"], adapter.identity(base, decoder_layers(base)), strict)
     attach(model, config_from_dict(data["config"]))
@@ -349,8 +375,30 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
         raise AdapterError(
             f"{directory} does not fit its own configuration ({error}): save the routers again."
         ) from error
+    if lora is not None:
+        try:
+            _load_lora(model, directory, *lora)
+        except BaseException:
+            detach(model)
+            raise
     for router in routing.routers().values():
         router.asked = bool(router.threshold > float("-inf"))
     routing.budget, routing.speedup = data.get("budget"), data.get("speedup")
     routing.provenance = data.get("provenance", {})
     return model
+
+
+def _load_lora(model: nn.Module, directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Puts a saved LoRA beside the routers, in the base's dtype."""
+    base, routing = unwrapped(model), routing_of(model)
+    misfit = f"The LoRA in {directory} does not fit its own configuration or this model"
+    try:
+        made = read_config(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{misfit} ({error}): save the routers again.") from error
+    routing.lora = inject(base, routing, made)
+    try:
+        routing.lora.load_tensors(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise AdapterError(f"{misfit} ({error}): save the routers again.") from error
+    routing.lora.to(base.dtype)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dynadepth.architectures import ArchitectureSpec
 from dynadepth.errors import UnsupportedModelError
+from dynadepth.lora import Lora, base_state
 from dynadepth.methods import DepthConfig
 from dynadepth.routing.calibration import Calibration
 from dynadepth.routing.decision import Site
@@ -19,7 +20,7 @@ from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import Granularity
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.skip_path import AbstractSkipPath
-from dynadepth.routing.sublayer import PATH, SublayerState
+from dynadepth.routing.sublayer import PATH, SublayerState, is_attached_name
 from dynadepth.routing.target import Target
 
 
@@ -35,6 +36,8 @@ class Routing:
     sites: tuple[Site, ...]
     states: dict[Site, SublayerState] = field(default_factory=dict)
     calibration: Calibration | None = None
+    lora: Lora | None = None
+    """The adapter that routed forwards have beside the routers."""
     budget: float | None = None
     """The budget last set, of all sublayers of the target; None: the routers' own thresholds, or a route as given."""
     speedup: dict[str, Any] | None = None
@@ -62,8 +65,10 @@ class Routing:
 
     @property
     def trainable(self) -> bool:
-        """Has any router or skip path a parameter to train?"""
-        return self.learns or any(p.requires_grad for path in self.paths().values() for p in path.parameters())
+        """Has any router, skip path or LoRA a parameter to train?"""
+        others = [p for path in self.paths().values() for p in path.parameters()]
+        others += [] if self.lora is None else [p for _, p in self.lora.named_parameters()]
+        return self.learns or any(p.requires_grad for p in others)
 
     @property
     def learns(self) -> bool:
@@ -79,7 +84,7 @@ class Routing:
         return {site: s.skip_path for site, s in self.states.items() if any(True for _ in s.skip_path.parameters())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is learnt, by the names they have on disk."""
+        """All that is learnt by routers and skip paths, by the names they have on disk."""
         return {
             f"{site}.{infix}{name}": tensor
             for infix, modules in (("", self.routers()), (f"{PATH}.", self.paths()))
@@ -95,6 +100,11 @@ class Routing:
                 part.load_state_dict({name: left.pop(f"{site}.{infix}{name}") for name in part.state_dict()})
         if left:
             raise ValueError(f"tensors of unknown sites {sorted(left)}")
+
+    def base_state(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A state dict of the model without what is attached, by the names of the base."""
+        own = {name: tensor for name, tensor in state.items() if not is_attached_name(name)}
+        return own if self.lora is None else base_state(own)
 
     def follow(self, config: DepthConfig, hidden_size: int) -> None:
         """Takes over a configuration of the same sites whose routers are constant: they decide what it says."""

@@ -30,7 +30,6 @@ from dynadepth.routing.context import (
 from dynadepth.routing.decision import RoutingTrace
 from dynadepth.routing.recorder import publish
 from dynadepth.routing.routes import RouteBook
-from dynadepth.routing.sublayer import is_attached_name
 
 WAY_OUT = "use the default cache, or run dense with `with dynadepth.disabled(model):`"
 
@@ -125,7 +124,7 @@ class RoutedModel:
     ) -> Any:
         """Saves the base model alone, exactly as it would be saved unrouted; `dynadepth.save` saves the routers."""
         state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
-        state = {name: tensor for name, tensor in state.items() if not is_attached_name(name)}
+        state = self.depth_routing.base_state(state)
         return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(

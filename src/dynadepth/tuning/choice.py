@@ -15,7 +15,7 @@ from torch import nn
 
 from dynadepth.budget import in_order, mixture
 from dynadepth.methods import StaticConfig
-from dynadepth.model import attach, detach, fixed_routes, set_budget
+from dynadepth.model import adopt_lora, attach, detach, fixed_routes, set_budget
 from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.statistics import paired_bootstrap
@@ -94,13 +94,15 @@ def choose(
 
 
 def settle(model: nn.Module, order: tuple[int, ...]) -> None:
-    """Puts the static route of an order where the routers are, with their skip paths. One route for every token is one
+    """Puts the static route of an order where the routers are, with their skip paths and LoRA. One route for every token is one
     for every sequence, so that it is routed by sequence, which stores no keys of what it skips."""
     routing = routing_of(model)
-    path, rank = routing.config.skip_path, routing.config.skip_rank
+    path, rank, lora = routing.config.skip_path, routing.config.skip_rank, routing.lora
     detach(model)
     attach(model, StaticConfig(target=routing.target.name, skip_path=path, skip_rank=rank, order=order))
     routing_of(model).take_paths(routing)
+    if lora is not None:
+        adopt_lora(model, lora)
     routing_of(model).provenance = routing.provenance
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig, StaticConfig, config_from_dict
 from dynadepth.methods.config import method_named
 
@@ -52,6 +53,11 @@ class Recipe:
     """For router biases; None: the same."""
     path_learning_rate: float = 1e-3
     """For linear skip paths, which start from their closed-form fit."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """A LoRA tuned beside the routers for what is skipped, such as `{rank: 16}` (`dynadepth.lora.LoraSettings`); none: no
+    LoRA."""
+    lora_learning_rate: float = 2e-4
+    """For the LoRA, which starts without effect."""
     budgets: tuple[float, ...] = field(default=())
     """Budgets of which every step draws one, so that one set of routers serves them all; none: the budget asked for."""
     joint: float = 1.0
@@ -103,6 +109,8 @@ class Recipe:
                 f"Recipe {self.name!r} cannot choose between routers and a static route: without calibration its "
                 "routers have no budget to be compared at; set calibrate to true."
             )
+        if self.lora:
+            LoraSettings.from_dict(self.lora)
         for name in ("passages", "joint"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}.")

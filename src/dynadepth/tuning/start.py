@@ -58,8 +58,8 @@ def check_learnable(model: nn.Module, recipe: Recipe) -> None:
             f"There is nothing to tune: method {routing.config.name!r} has no router parameters, and skip_path "
             f"{routing.config.skip_path!r} has none: set skip_path to linear."
         )
-    if recipe.joint < 1 and not routing.paths():
-        raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths: set it to 1.")
+    if recipe.joint < 1 and not routing.paths() and routing.lora is None:
+        raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths or LoRA: set it to 1.")
 
 
 def state_budget(

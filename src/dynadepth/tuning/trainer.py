@@ -1,5 +1,5 @@
-"""Tunes routers alone with `transformers.Trainer`: the backbone is frozen, checkpoints hold routers and optimiser
-state."""
+"""Tunes routers, skip paths and, where asked for, a LoRA with `transformers.Trainer`: the backbone is frozen, checkpoints
+hold what is tuned and optimiser state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynadepth import budget as budgets
 from dynadepth.errors import ConfigError, TuningError
+from dynadepth.lora import LoraSettings
 from dynadepth.methods import StaticConfig
-from dynadepth.model import attach, detach, fixed_routes, save, set_budget
+from dynadepth.model import add_lora, attach, detach, fixed_routes, save, set_budget
 from dynadepth.routed import is_attached, routing_of, unwrapped
 from dynadepth.routing.decision import KeepRatio
 from dynadepth.routing.sublayer import PATH, ROUTER
@@ -38,6 +39,9 @@ from dynadepth.tuning.start import (
     scores_of,
     state_budget,
 )
+
+BESIDE = ("paths", "lora")
+"""Kinds of parameters that are not the routers' (`_kind`)."""
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
@@ -102,7 +106,7 @@ class RouterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            routing_of(self.model).load_tensors(self.last_good)
+            _restore(self.model, self.last_good)
             raise TuningError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the "
                 "last good step. Try a lower learning_rate, or bfloat16 instead of float16."
@@ -124,13 +128,13 @@ class RouterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             rates = {"others": self.args.learning_rate, "paths": self.recipe.path_learning_rate}
+            rates["lora"] = self.recipe.lora_learning_rate
             bias_rate = self.recipe.bias_learning_rate
             rates["biases"] = self.args.learning_rate if bias_rate is None else bias_rate
             parameters: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    kind = "paths" if f".{PATH}." in name else "biases" if name.endswith(f"{ROUTER}.bias") else "others"
-                    parameters[kind].append(parameter)
+                    parameters[_kind(name)].append(parameter)
             groups = [{"params": parameters[kind], "lr": rate} for kind, rate in rates.items()]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
@@ -141,7 +145,9 @@ class RouterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from dynadepth import adapter
 
-        routing_of(self.model).load_tensors(adapter.read(Path(resume_from_checkpoint))[1])
+        document, tensors = adapter.read(Path(resume_from_checkpoint))
+        lora = adapter.read_lora(Path(resume_from_checkpoint), document)
+        _restore(self.model, tensors if lora is None else {**tensors, **lora[1]})
 
 
 class _Phases(TrainerCallback):
@@ -176,8 +182,29 @@ def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] |
     return None if progress is None else (lambda done, total: progress(name, done, total, {}))
 
 
+def _kind(name: str) -> str:
+    """Which learning rate a parameter has."""
+    if f".{PATH}." in name:
+        return "paths"
+    if ".lora_" in name:
+        return "lora"
+    return "biases" if name.endswith(f"{ROUTER}.bias") else "others"
+
+
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in routing_of(model).tensors().items()}
+    """A copy of all that is learnt, by the names on disk."""
+    routing = routing_of(model)
+    beside = {} if routing.lora is None else routing.lora.tensors()
+    return {name: tensor.clone() for name, tensor in {**routing.tensors(), **beside}.items()}
+
+
+def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `_snapshot`."""
+    routing = routing_of(model)
+    beside = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    routing.load_tensors({name: tensor for name, tensor in tensors.items() if name not in beside})
+    if routing.lora is not None:
+        routing.lora.load_tensors(beside)
 
 
 def tune(
@@ -213,6 +240,9 @@ def tune(
     overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
     attach(model, recipe.config(**overrides))
     try:
+        if recipe.lora:
+            torch.manual_seed(seed)
+            add_lora(model, LoraSettings.from_dict(recipe.lora))
         budget, keep = state_budget(model, recipe, budget, overrides)
         check_learnable(model, recipe)
         routing = routing_of(model)
@@ -266,7 +296,7 @@ def tune(
             router.requires_grad_(True)
     model.eval()
     now, n_trainable = _snapshot(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moved = [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and f".{PATH}." not in k]
+    moved = [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and _kind(k) not in BESIDE]
     choice = None
     if shares:
         budgets.calibrate(model, held_batches, shares, _stage(progress, "calibrate"))
@@ -303,6 +333,8 @@ def tune(
     )
     for path in routing.paths().values():
         path.to(unwrapped(model).dtype)
+    if routing.lora is not None:
+        routing.lora.to(unwrapped(model).dtype)
     routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
     save(model, out)
     return result
