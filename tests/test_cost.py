@@ -9,6 +9,8 @@ import dynadepth
 from dynadepth import MindSkipConfig, Site, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError
+from dynadepth.lora import LoraSettings
+from dynadepth.model import add_lora
 from parity.models import FAMILIES, VOCABULARY, WIDTH, tiny
 
 WORK = [(0, 5), (0, 9), (3, 4), (9, 1), (12, 5)]  # (past, tokens), below and beyond the window of 5
@@ -169,6 +171,29 @@ def test_skip_paths_are_counted_for_what_takes_them(granularity, taken):
     with FlopCounterMode(display=False) as counter:
         path(torch.zeros(1, 9, WIDTH))
     assert counter.get_total_flops() == 2 * 9 * 4 * 5 * WIDTH
+
+
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+@pytest.mark.parametrize(("granularity", "policy"), [("sequence", "project"), ("token", "project"), ("token", "drop")])
+def test_a_lora_beside_the_routers_is_work_of_the_routed_model_alone(target, granularity, policy):
+    if (target, policy) == ("mlp", "drop"):
+        pytest.skip("an MLP keeps no keys and values to drop")
+    model = routed("llama", target=target, granularity=granularity, kv_policy=policy)
+    dense = dense_flops(model, 8)
+    add_lora(model, LoraSettings(2))
+    assert dense_flops(model.eval(), 8) == dense
+    execute = torch.arange(8).unsqueeze(0) < 5
+    layers = {Site(i, target): (execute if granularity == "token" else i % 2 == 0) for i in range(4)}
+    with dynadepth.fixed_routes(model, layers):
+        counts, _ = counted(model, 0, 8)
+    keep = {site: 5 / 8 if granularity == "token" else float(on) for site, on in layers.items()}
+    share = cost.flops_share(model, keep, 8, scored=8)
+    assert round(share.model * dense) == counts["Global"] + cost.router_flops(model, 8)
+    with dynadepth.disabled(model):
+        assert counted(model, 0, 8)[0]["Global"] == dense
+    part = sum(cost.flops(model, target, i, 8) for i in range(4))
+    own = sum(costs[p].flops(8, 0) for costs in cost.sublayer_costs(model, adapted=True) for p in cost.PARTS[target])
+    assert cost.flops_share(model, {}, 8).target == pytest.approx((own + cost.router_flops(model, 8)) / part)
 
 
 def test_kv_share_weights_layers_by_what_they_store():

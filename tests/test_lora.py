@@ -1,4 +1,4 @@
-"""A LoRA beside the routers: at work in routed forwards alone, kept in PEFT's own files, refused where it is damaged."""
+"""A LoRA beside the routers: at work in routed forwards alone, in PEFT's own files, refused where it is damaged."""
 
 from __future__ import annotations
 
@@ -230,7 +230,10 @@ def resigned(directory: Path) -> Path:
     ("change", "message"),
     [
         (lambda t: {k: v for k, v in t.items() if ".0." not in k}, "are missing"),
-        (lambda t: {**t, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(2, 16)}, "layer"),
+        (
+            lambda t: {**t, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(2, 16)},
+            "layer",
+        ),
         (lambda t: {k: torch.zeros(3, 3) for k in t}, r"has the shape \[3, 3\]"),
     ],
     ids=["missing", "too many", "shapes"],

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.lora import RoutedLora
 from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.routing.router import AbstractRouter
@@ -83,16 +84,17 @@ class SublayerCost:
         return self.cached * (length if self.window is None else min(length, self.window - 1))
 
 
-def sublayer_costs(model: PreTrainedModel) -> list[dict[str, SublayerCost]]:
-    """`"attention"` and `"mlp"` of every decoder layer, in order; routers and skip paths are not in them."""
+def sublayer_costs(model: PreTrainedModel, adapted: bool = False) -> list[dict[str, SublayerCost]]:
+    """`"attention"` and `"mlp"` of every decoder layer, in order; routers and skip paths are not in them, a LoRA beside
+    the routers if `adapted` (one that is the user's own always is)."""
     spec, config = spec_for(model), model.config.get_text_config(decoder=True)
     cache: list[Any] = DynamicCache(config=config).layers  # knows each layer's window
     costs = []
     for index, layer in enumerate(decoder_layers(model)):
         attention, held = getattr(layer, spec.attention), cache[index]
         window = held.sliding_window if getattr(held, "is_sliding", False) else None
-        mlp = SublayerCost(_weights(getattr(layer, spec.mlp), config))
-        costs.append({"attention": _attention_cost(attention, config, window), "mlp": mlp})
+        mlp = SublayerCost(_weights(getattr(layer, spec.mlp), config, adapted=adapted))
+        costs.append({"attention": _attention_cost(attention, config, window, adapted), "mlp": mlp})
     return costs
 
 
@@ -125,30 +127,32 @@ def router_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
 def flops_share(
     model: PreTrainedModel, keep: Mapping[Site, float], tokens: int, past: int = 0, scored: int = 1
 ) -> Share:
-    """FLOPs of the routed model over those of the dense one, routers, skip paths and kept projections included.
+    """FLOPs of the routed model over those of the dense one, routers, skip paths, LoRA and kept projections included.
 
     `keep`: share executed per site, as in `record.site_keep()`; sites not named execute always. `scored`: tokens whose
     logits are computed, for the model's share. At `token` granularity attention is taken as executing each token
     independently with that probability, so that without projected keys both queries and keys shrink.
     """
-    routing, costs = routing_of(model), sublayer_costs(model)
+    routing, costs, own = routing_of(model), sublayer_costs(model), sublayer_costs(model, adapted=True)
     config = routing.config
     by_token, project = config.granularity == "token", config.kv_policy == "project"
     parts = PARTS[config.target]
     dense = {part: sum(cost[part].flops(tokens, past) for cost in costs) for part in ("attention", "mlp")}
     dense_target = sum(dense[part] for part in parts)
+    added = {part: sum(cost[part].flops(tokens, past) for cost in own) - dense[part] for part in dense}  # by the LoRA
 
-    saved = -float(router_flops(model, tokens, past))
+    saved = -float(router_flops(model, tokens, past)) - sum(added[part] for part in parts)
     for site, share in keep.items():
         for part in PARTS[site.target]:
-            cost = costs[site.layer][part]
+            cost = own[site.layer][part]
             full = cost.flops(tokens, past)
             saved += full - (cost.flops_by_token(share, tokens, past, project) if by_token else share * full)
         path = routing.states[site].skip_path
         taken = 1.0 if by_token else 1.0 - share  # by token it follows every token, so that each may take it
         saved -= taken * 2 * tokens * _weights(path, config, skip_own=False)
     dense_model = sum(dense.values()) + head_flops(model, scored)
-    return Share(1.0 - saved / dense_target, 1.0 - saved / dense_model)
+    elsewhere = sum(added[part] for part in added if part not in parts)
+    return Share(1.0 - saved / dense_target, 1.0 - (saved - elsewhere) / dense_model)
 
 
 def kv_bytes(model: PreTrainedModel, layer: int, length: int, batch: int = 1) -> int:
@@ -166,12 +170,12 @@ def kv_share(model: PreTrainedModel, keep: Mapping[Site, float], length: int) ->
     return 1.0 - saved / sum(stored)
 
 
-def _attention_cost(attention: Any, config: Any, window: int | None) -> SublayerCost:
+def _attention_cost(attention: Any, config: Any, window: int | None, adapted: bool) -> SublayerCost:
     own = getattr(attention, "config", config)
     heads = own.num_attention_heads
-    weights = _weights(attention, own)
+    weights = _weights(attention, own, adapted=adapted)
     if getattr(attention, "kv_lora_rank", None):  # multi-head latent attention (DeepSeek) caches compressed states
-        expand = _weights(attention.kv_b_proj, own)
+        expand = _weights(attention.kv_b_proj, own, adapted=adapted)
         scores = heads * (attention.qk_head_dim + attention.v_head_dim)
         cached = attention.kv_lora_rank + attention.qk_rope_head_dim
         compress = own.hidden_size * cached
@@ -180,15 +184,23 @@ def _attention_cost(attention: Any, config: Any, window: int | None) -> Sublayer
     sizes = (getattr(holder, name, None) for holder in (attention, own) for name in ("head_dim", "head_size"))
     head_dim = next((size for size in sizes if size), own.hidden_size // heads)
     width = key_value_heads * 2 * head_dim
-    return SublayerCost(weights, own.hidden_size * width, heads * 2 * head_dim, 0, width, window)
+    key_value_weights = own.hidden_size * width
+    if adapted:
+        projections = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+        lora = [p for p in projections if isinstance(p, RoutedLora)]
+        key_value_weights += sum(_weights(p, own, adapted=True) - _weights(p, own) for p in lora)
+    return SublayerCost(weights, key_value_weights, heads * 2 * head_dim, 0, width, window)
 
 
-def _weights(module: nn.Module, config: Any, skip_own: bool = True) -> int:
+def _weights(module: Any, config: Any, skip_own: bool = True, adapted: bool = False) -> int:
     """Multiply-adds a token through the weight matrices of `module` and its children.
 
     A linear layer (low-rank adapters are made of them) or a gate's matrix is applied to every token; a 3-D stack of
-    experts to the `top_k` that the token is sent to. Routers and skip paths inside count only if not `skip_own`.
+    experts to the `top_k` that the token is sent to. Routers and skip paths inside count only if not `skip_own`, a LoRA
+    beside them if `adapted`.
     """
+    if isinstance(module, RoutedLora) and not adapted:
+        return _weights(module.base_layer, config, skip_own)  # type: ignore[attr-defined]  # PEFT's
     if skip_own and isinstance(module, (AbstractRouter, AbstractSkipPath)):
         return 0
     if isinstance(module, nn.Linear):  # of a quantised one the weight's own shape may be packed
@@ -200,4 +212,4 @@ def _weights(module: nn.Module, config: Any, skip_own: bool = True) -> int:
         own = sum(top_k * p.shape[1] * p.shape[2] for p in stacks)
     else:
         own = sum(p.numel() for p in matrices)
-    return own + sum(_weights(child, config, skip_own) for child in module.children())
+    return own + sum(_weights(child, config, skip_own, adapted) for child in module.children())

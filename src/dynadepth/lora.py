@@ -54,7 +54,9 @@ class LoraSettings:
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"lora: dropout must be at least 0 and below 1, not {self.dropout!r}.")
         if not isinstance(self.modules, list | tuple) or not all(isinstance(m, str) and m for m in self.modules):
-            raise ConfigError(f"lora: modules must be a list of layer names, such as [down_proj], not {self.modules!r}.")
+            raise ConfigError(
+                f"lora: modules must be a list of layer names, such as [down_proj], not {self.modules!r}."
+            )
         object.__setattr__(self, "modules", tuple(self.modules))
 
     @staticmethod

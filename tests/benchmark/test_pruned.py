@@ -14,6 +14,8 @@ from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.benchmark import bare_twin, pruned_twin
 from dynadepth.benchmark.memory import cache_bytes
 from dynadepth.errors import ConfigError
+from dynadepth.lora import LoraSettings
+from dynadepth.model import add_lora
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.sublayer import RoutedSublayer
@@ -163,6 +165,20 @@ def test_twin_of_a_model_with_adapters():
         assert torch.equal(adapted, model.eval()(input_ids=ids(1, 8)).logits)
         assert not torch.allclose(adapted, plain)
         pruned_twin(model, sites("0.attention 2.block"))(ids(1, 8))
+
+
+def test_twins_have_no_lora_of_the_routers():
+    model = dynadepth.attach(tiny("llama"), MindSkipConfig(layers=(0, 2)))
+    add_lora(model, LoraSettings(2))
+    with torch.no_grad():
+        for _, parameter in dynadepth.routing_of(model).lora.named_parameters():
+            parameter.fill_(0.3)
+        twin = bare_twin(model)
+        assert list(twin.state_dict()) == list(tiny("llama").state_dict())
+        assert torch.equal(twin(ids(1, 8)).logits, tiny("llama").eval()(ids(1, 8)).logits)
+        pruned_twin(model, sites("0.attention"))(ids(1, 8))
+        with dynadepth.fixed_routes(model, {}):  # the given one stays
+            assert not torch.allclose(model.eval()(ids(1, 8)).logits, twin(ids(1, 8)).logits)
 
 
 def test_bad_sites_are_refused():

@@ -54,7 +54,10 @@ def test_help_lists_every_verb_and_needs_no_torch():
 @pytest.mark.parametrize(
     ("verb", "options"),
     [
-        ("tune", "--out --data --recipe --method --budget --target --granularity --kv-policy --max-samples --seed"),
+        (
+            "tune",
+            "--out --data --recipe --method --budget --target --granularity --kv-policy --lora --max-samples --seed",
+        ),
         ("eval", "--routers --budget --tasks --task-data --limit --perplexity --compare-dense --json"),
         ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --json"),
         ("bench", "--routers --budget --batch --context --new-tokens --json"),
@@ -198,6 +201,32 @@ def test_tune_saves_routers_and_names_the_next_command(run, model_folder, data, 
     again = run("info", out)
     assert again.exit_code == 0
     assert "default" in again.stdout
+
+
+def test_a_lora_is_tuned_scored_timed_and_described(run, answered, model_folder, data, text_file, tmp_path):
+    out = tmp_path / "routers"
+    result = run(
+        "tune", model_folder, "--out", out, "--data", data, "--method", "static", "--budget", "0.5", "--lora", 2,
+        "--max-samples", 12,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in out.iterdir()}
+    saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
+    assert saved["provenance"]["recipe"]["lora"] == {"rank": 2}
+    scored = ("--perplexity", text_file, "--compare-dense")
+    dense, _ = answered("eval", model_folder, *scored)
+    document, _ = answered("eval", model_folder, "--routers", out, *scored)
+    (bare,), (teacher,) = (found["perplexity"].values() for found in (dense, document["dense"]))
+    assert teacher == bare, "the dense model has no LoRA"
+    assert document["provenance"]["routers"]["lora"]["rank"] == 2
+    document, _ = answered("generate", model_folder, "--routers", out, "--prompt", "why is", "--max-new-tokens", 2)
+    assert document["outputs"][0]["route"]
+    document, _ = answered(
+        "bench", model_folder, "--routers", out, "--context", 16, "--new-tokens", 2, "--repeats", 1
+    )  # fmt: skip
+    assert document["cells"][0]["variant"] == "routed"
+    words = " ".join(run("info", out).stdout.split())
+    assert "LoRA rank 2 on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; 1,856 parameters" in words
 
 
 @pytest.fixture

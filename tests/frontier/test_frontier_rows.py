@@ -260,6 +260,19 @@ def test_the_default_recipe_by_token(opened, settings, tmp_path):
     assert all("".join(piece for piece, _ in sample["depth"]) == sample["text"] for sample in cell["samples"])
 
 
+def test_the_default_recipe_with_lora(opened, settings, tmp_path):
+    found = run_frontier(*opened, settings("default-lora", budgets=(0.5,), bench=True), tmp_path)
+    cell = found.cells["default-lora"][0.5]
+    assert cell["provenance"]["routers"]["lora"]["rank"] == 16
+    assert (tmp_path / "routers" / "default-lora" / "adapter_model.safetensors").is_file()
+    assert found.cells["dense"][1.0]["text"]["flops_share"] == 1.0
+    assert {one["variant"] for one in cell["speed"]} == {"routed"}
+    model = opened[0]
+    assert not is_attached(model)
+    assert not any("lora_" in name for name in model.state_dict())
+    run_frontier(model, opened[1], settings("default-lora", budgets=(0.5,), bench=True), tmp_path)  # all is there
+
+
 def test_a_method_that_the_model_cannot_have_is_said_and_left_out(opened, settings, tmp_path, monkeypatch):
     def refusing(model, config):
         if config.granularity == "token":

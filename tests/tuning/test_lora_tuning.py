@@ -63,9 +63,10 @@ def test_an_interrupted_run_ends_as_a_whole_one(tmp_path, monkeypatch, recipe):
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(RouterTrainer, "training_step", interrupted)
-        tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "cut")
+        with pytest.raises(KeyboardInterrupt):
+            tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "cut")
     assert {*FILES} <= {path.name for path in (tmp_path / "cut").iterdir()}
     calls.clear()
     monkeypatch.setattr(RouterTrainer, "training_step", lambda self, *a, **k: (calls.append(1), step(self, *a, **k))[1])

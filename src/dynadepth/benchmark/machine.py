@@ -86,6 +86,7 @@ def describe(model: PreTrainedModel, workload: Workload) -> dict[str, Any]:
             "method": routing.config.name,
             **{field.name: getattr(routing.config, field.name) for field in dataclasses.fields(DepthConfig)},
             "layers": [site.layer for site in routing.sites],
+            **({} if routing.lora is None else {"lora": routing.lora.facts()}),
         },
         "workload": dataclasses.asdict(workload),
         "device": next(model.parameters()).device.type,
@@ -176,6 +177,8 @@ def drawn_copy(model: PreTrainedModel, keep: float) -> PreTrainedModel:
             state.router = DrawnRouter(state.router, keep, (place + 0.5) / n)
     for path in routing.paths().values():
         path.to(model.dtype)  # float32 while they are tuned
+    if routing.lora is not None:
+        routing.lora.to(model.dtype)
     return copy
 
 

@@ -17,8 +17,9 @@ from torch import nn
 from dynadepth.benchmark.cost_table import CostTable, Workload
 from dynadepth.benchmark.machine import cost_table, folder
 from dynadepth.errors import BudgetError
+from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
-from dynadepth.model import attach, calibration_of, check_adjustable, detach, set_budget
+from dynadepth.model import add_lora, attach, calibration_of, check_adjustable, detach, set_budget
 from dynadepth.routed import Routing, routing_of
 
 Progress = Callable[[str], object]
@@ -86,11 +87,18 @@ def set_speedup(
 
 
 def speedup_of(
-    model: nn.Module, config: DepthConfig, times: float, workload: Workload, progress: Progress | None = None
+    model: nn.Module,
+    config: DepthConfig,
+    times: float,
+    workload: Workload,
+    progress: Progress | None = None,
+    lora: LoraSettings | None = None,
 ) -> SpeedUp:
-    """The budget for routers that are still to be tuned: `model` has none, and has none afterwards."""
+    """The budget for routers, and a LoRA, that are still to be tuned: `model` has none, and has none afterwards."""
     attach(model, config)
     try:
+        if lora is not None:
+            add_lora(model, lora)
         return solve_speedup(model, times, workload, progress)
     finally:
         detach(model)

@@ -65,6 +65,8 @@ def show_routers(folder: str, description: dict[str, Any]) -> None:
         rows.append((f"sites, {target}", f"{len(routed)} of {n_layers}: layers {layer_ranges(routed)}"))
     rows.append(("router parameters", f"{description['parameters']:,}"))
     rows.append(("skip path parameters", f"{description['path_parameters']:,}"))
+    if (lora := description["lora"]) is not None:
+        rows.append(("LoRA", f"rank {lora['rank']} on {', '.join(lora['modules'])}; {lora['parameters']:,} parameters"))
     rows += _budgets(description) if "skip" not in config else _route(description)
     out().print(facts(f"Routers in {folder}", [*rows, *_provenance(description["provenance"])]))
 

@@ -1,4 +1,4 @@
-"""`dynadepth tune`: routers for a frozen model, tuned alone."""
+"""`dynadepth tune`: routers for a frozen model, and what is tuned beside them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ def tune(
         str | None,
         typer.Option("--kv-policy", metavar="NAME", help="With tokens: project or drop the keys of skipped ones."),
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            "--lora", metavar="RANK", help="Tune a LoRA of this rank beside the routers. (default: the recipe's)"
+        ),
+    ] = None,
     max_samples: Annotated[
         int | None, typer.Option("--max-samples", metavar="N", help="Samples used. (default: the recipe's)")
     ] = None,
@@ -73,6 +79,7 @@ def tune(
     with reporting(interrupted):
         share = options.parse_budget(budget)
         options.check_at_least_one(max_samples, "--max-samples")
+        options.check_at_least_one(lora, "--lora")
         options.check_output_folder(out_dir)
         from dynadepth.tuning.recipe import load_recipe
 
@@ -81,6 +88,8 @@ def tune(
             settings = replace(settings, choose=True)
         elif method is not None:
             settings = settings.for_method(method)
+        if lora is not None:
+            settings = replace(settings, lora={**settings.lora, "rank": lora})
         config = settings.config(
             target=target, granularity=granularity, kv_policy=kv_policy
         )  # what is wrong is said now
@@ -88,9 +97,11 @@ def tune(
         speedup = None
         if isinstance(share, options.Speed):
             from dynadepth.benchmark.speedup import Workload, speedup_of
+            from dynadepth.lora import LoraSettings
 
+            beside = LoraSettings.from_dict(settings.lora) if settings.lora else None
             with progress(f"solving {share}") as tell:
-                found = speedup_of(loaded, config, share.times, Workload(**share.workload), tell)
+                found = speedup_of(loaded, config, share.times, Workload(**share.workload), tell, beside)
             say(str(found))
             share, speedup = found.budget, found.to_dict()
         from dynadepth.report.stamp import sign

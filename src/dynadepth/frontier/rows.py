@@ -57,6 +57,11 @@ ROWS = (
         "the default recipe without skip paths: what is skipped contributes nothing",
         Tuned("default", IDENTITY),
     ),
+    Row(
+        "default-lora",
+        "the default recipe with a LoRA of rank 16 tuned beside the routers",
+        Tuned("default", {"lora": {"rank": 16}}),
+    ),
     Row("default-static", "the static twin of default: a fixed route, the same keep ratio", TwinOf("default", DEFAULT)),
     Row(
         "default-shuffled",

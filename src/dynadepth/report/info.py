@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import UnsupportedModelError
+from dynadepth.lora import lora_facts
 from dynadepth.methods import MindSkipConfig
 from dynadepth.model import attach, detach
 from dynadepth.report.stamp import model_facts
@@ -51,10 +52,11 @@ def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
 def describe_routers(directory: str | Path) -> dict[str, Any]:
     """Facts of saved routers: for which model, sites, parameters, the calibrated range of budgets, provenance.
 
-    `parameters`, `path_parameters`: numbers in routers, and in skip paths. `budgets`: lowest and highest share of all
-    sublayers of the target at which thresholds were measured, or None.
+    `parameters`, `path_parameters`: numbers in routers, and in skip paths. `lora`: see `lora.lora_facts`, or None.
+    `budgets`: lowest and highest share of all sublayers of the target at which thresholds were measured, or None.
     """
     document, tensors = adapter.read(Path(directory))
+    lora = adapter.read_lora(Path(directory), document)
     sites = [Site.parse(text) for text in document.get("sites", [])]
     n_layers = document["base_model"].get("num_hidden_layers")
     points = (document.get("calibration") or {}).get("points") or []
@@ -70,6 +72,7 @@ def describe_routers(directory: str | Path) -> dict[str, Any]:
         "layers": n_layers,
         "parameters": sum(t.numel() for name, t in tensors.items() if not _is_path(name) | name.endswith("threshold")),
         "path_parameters": sum(t.numel() for name, t in tensors.items() if _is_path(name)),
+        "lora": None if lora is None else lora_facts(*lora),
         "budget": document.get("budget"),
         "budgets": budgets,
         "calibrated_on": (document.get("calibration") or {}).get("n_sequences"),

@@ -24,8 +24,8 @@ def model_facts(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
 def stamp(
     name: str | Path, model: PreTrainedModel, *, routers: str | Path | None = None, seed: int | None = None
 ) -> dict[str, Any]:
-    """The `provenance` of every JSON file: this run's, the model's, and its routers' (folder, settings, budget and how
-    it was solved where a speed-up was asked for)."""
+    """The `provenance` of every JSON file: this run's, the model's, and its routers' (folder, settings, LoRA, budget,
+    and how it was solved where a speed-up was asked for)."""
     out = provenance(seed=seed, dtype=model.dtype, model=model_facts(name, model))
     out["routers"] = None
     if is_attached(model):
@@ -36,6 +36,7 @@ def stamp(
             "config": routing.config.to_dict(),
             "budget": routing.budget,
             "speedup": routing.speedup,
+            "lora": None if routing.lora is None else routing.lora.facts(),
         }
     return out
 

@@ -94,8 +94,8 @@ def choose(
 
 
 def settle(model: nn.Module, order: tuple[int, ...]) -> None:
-    """Puts the static route of an order where the routers are, with their skip paths and LoRA. One route for every token is one
-    for every sequence, so that it is routed by sequence, which stores no keys of what it skips."""
+    """Puts the static route of an order where the routers are, with their skip paths and LoRA. One route for every
+    token is one for every sequence, so that it is routed by sequence, which stores no keys of what it skips."""
     routing = routing_of(model)
     path, rank, lora = routing.config.skip_path, routing.config.skip_rank, routing.lora
     detach(model)

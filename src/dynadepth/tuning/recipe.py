@@ -54,7 +54,7 @@ class Recipe:
     path_learning_rate: float = 1e-3
     """For linear skip paths, which start from their closed-form fit."""
     lora: dict[str, Any] = field(default_factory=dict)
-    """A LoRA tuned beside the routers for what is skipped, such as `{rank: 16}` (`dynadepth.lora.LoraSettings`); none: no
+    """A LoRA tuned beside the routers in all steps, such as `{rank: 16}` (see `dynadepth.lora.LoraSettings`); none: no
     LoRA."""
     lora_learning_rate: float = 2e-4
     """For the LoRA, which starts without effect."""

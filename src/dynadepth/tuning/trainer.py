@@ -1,5 +1,5 @@
-"""Tunes routers, skip paths and, where asked for, a LoRA with `transformers.Trainer`: the backbone is frozen, checkpoints
-hold what is tuned and optimiser state."""
+"""Tunes routers, skip paths and a LoRA where asked for, with `transformers.Trainer`: the backbone is frozen,
+checkpoints hold what is tuned and optimiser state."""
 
 from __future__ import annotations
 
