@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import settings_for
 
-from dynadepth import attach, is_attached, load, recording, routing_of
+from dynadepth import attach, detach, is_attached, load, recording, routing_of
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier import makers, orders, workbench
@@ -19,6 +19,7 @@ from dynadepth.methods import MindSkipConfig
 from dynadepth.removal import Damage
 from dynadepth.report.frontier_table import compared
 from dynadepth.routing.decision import Site
+from dynadepth.tuning import load_recipe
 from saved_model import WORDS, attach_routers, save_routers
 
 
@@ -137,6 +138,33 @@ def test_static_linear_is_static_with_fitted_paths(opened, settings, tmp_path, m
     model = load(opened[0], tmp_path / "routers" / "static-linear")
     assert {str(site): share for site, share in fits[0].items()} == routing_of(model).provenance["result"]["explained"]
     assert any(path.write.abs().sum() > 0 for path in routing_of(model).paths().values())
+
+
+def test_static_damage_orders_by_what_is_lost_with_the_skip_path_in_place(opened, settings, tmp_path, monkeypatch):
+    asked = settings("static-damage", budgets=(0.75, 0.5))
+    found = run_frontier(*opened, asked, tmp_path)
+    assert not is_attached(opened[0])
+    file = tmp_path / "scores" / "static-damage.json"
+    scores = json.loads(file.read_text())["alone"]
+    # the same by plain forwards under the saved paths
+    model, bench = opened[0], Workbench(*opened, asked, tmp_path)
+    texts = bench.batches(bench.split("static-damage", load_recipe())[0], orders.TOKENS)
+    load(model, tmp_path / "routers" / "static-damage")
+    damage = Damage(model, texts, stride=orders.STRIDE)
+    assert scores == pytest.approx({str(site): damage.of([site]) for site in damage.sites}, rel=1e-4)
+    detach(model)
+    layers = [Site.parse(site).layer for site in sorted(scores, key=lambda site: scores[site])]
+    assert skipped(found.cells["static-damage"][0.75]) == {layers[0]}
+    assert skipped(found.cells["static-damage"][0.5]) == set(layers[:2])
+    forget_cells(tmp_path)
+    monkeypatch.setattr(Damage, "of", lambda *_: pytest.fail("measured again"))
+    run_frontier(*opened, asked, tmp_path)
+    forget_cells(tmp_path)
+    monkeypatch.setattr(workbench, "FIT_TOKENS", 50)
+    with pytest.raises(
+        ConfigError, match=r"static-damage(\.json)? were (made|measured) with other settings \(.*50 here"
+    ):
+        run_frontier(*opened, asked, tmp_path)
 
 
 def test_fitted_paths_are_used_again_where_settings_are_the_same(opened, settings, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Orders of static routes: which layers are skipped, the first one first.
 
-Two of them are measured by removal (removal.py), which takes minutes: their scores are kept in `DIR/scores/NAME.json`,
+Three of them are measured by removal (removal.py), which takes minutes: scores are kept in `DIR/scores/NAME.json`,
 whole or not at all, with the settings they depend on. A greedy search is kept after each of its rounds and goes on
 where it was, also where a lower budget asks for more layers.
 """
@@ -19,7 +19,7 @@ from dynadepth.errors import ConfigError, DataError
 from dynadepth.frontier.settings import difference
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import StaticConfig
-from dynadepth.model import attach, detach
+from dynadepth.model import attach, detach, load
 from dynadepth.provenance import provenance
 from dynadepth.removal import Damage, GreedySearch, alone
 from dynadepth.report.cells import FORMAT, SCORES, plain, read_json, write_json
@@ -46,6 +46,16 @@ def _alone(bench: Workbench, name: str, target: str) -> list[int]:
     return list(in_order(found.alone))
 
 
+def _damage(bench: Workbench, name: str, target: str) -> list[int]:
+    found = _Removal.read(bench, name, target, "damage")
+    if not found.alone:
+        folder = bench.paths(name, load_recipe(), every_site(target))
+        with _measuring(bench, name, target, folder) as damage:
+            found.alone = alone(damage, _told(bench, "alone"))
+        found.write(bench, name)
+    return list(in_order(found.alone))
+
+
 def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
     found = _Removal.read(bench, name, target)
     search, count = found.search, max(skipped(budget, bench.n_layers) for budget in bench.settings.budgets)
@@ -65,12 +75,17 @@ def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
 ORDERS: dict[str, Callable[[Workbench, str, str], list[int]]] = {
     "cosine": _cosine,
     "alone": _alone,
+    "damage": _damage,
     "greedy": _greedy,
     "deepest": lambda bench, name, target: list(range(bench.n_layers - 2, -1, -1)),
     "random": lambda bench, name, target: Random(bench.settings.seed).sample(range(bench.n_layers), bench.n_layers),
 }
 """By name: which layers are skipped, the first one first, as many as the lowest budget asks for or more. (workbench,
 row, target) -> layers."""
+
+BY_REMOVAL = ("alone", "damage", "greedy")
+"""Orders that are measured by removal: without anything in a sublayer's place, or, `damage`, with the row's fitted skip
+path."""
 
 LEFT_OUT = {"deepest": 1}
 """Layers that an order never skips, where there are such."""
@@ -80,13 +95,13 @@ def order_settings(order: str, bench: Workbench, name: str, target: str) -> dict
     """What a measured order depends on; nothing for the others."""
     if order == "cosine":
         return {"importance": bench.tuning_settings(name, load_recipe())}
-    return {"importance": _settings(bench, name, target)} if order in ("alone", "greedy") else {}
+    return {"importance": _settings(bench, name, target, order)} if order in BY_REMOVAL else {}
 
 
 def check_order(order: str, bench: Workbench, name: str, target: str) -> None:
     """Raises `ConfigError` for scores that were measured with other settings."""
-    if order in ("alone", "greedy"):
-        _Removal.read(bench, name, target)
+    if order in BY_REMOVAL:
+        _Removal.read(bench, name, target, order)
 
 
 def skipped(budget: float, n_layers: int) -> int:
@@ -94,8 +109,20 @@ def skipped(budget: float, n_layers: int) -> int:
     return round((1 - budget) * n_layers)
 
 
-def _settings(bench: Workbench, name: str, target: str) -> dict[str, Any]:
-    removal = {"target": target, "tokens": TOKENS, "stride": STRIDE, "patience": PATIENCE}
+def every_site(target: str) -> StaticConfig:
+    """What the default recipe's skip paths are fitted for."""
+    return StaticConfig(target=target, layers="all", **path_settings())
+
+
+def path_settings() -> dict[str, Any]:
+    """The default recipe's settings of skip paths."""
+    return {key: value for key, value in load_recipe().method.items() if key in ("skip_path", "skip_rank")}
+
+
+def _settings(bench: Workbench, name: str, target: str, order: str) -> dict[str, Any]:
+    removal: dict[str, Any] = {"target": target, "tokens": TOKENS, "stride": STRIDE, "patience": PATIENCE}
+    if order == "damage":
+        removal["paths"] = bench.fit_settings(name, load_recipe(), every_site(target))["fit"]
     return plain({**bench.tuning_settings(name, load_recipe()), "removal": removal})
 
 
@@ -108,9 +135,9 @@ class _Removal:
     search: GreedySearch = field(default_factory=GreedySearch)
 
     @classmethod
-    def read(cls, bench: Workbench, name: str, target: str) -> _Removal:
+    def read(cls, bench: Workbench, name: str, target: str, order: str = "alone") -> _Removal:
         """From the row's file; without one, the damages alone that another row measured with the same settings."""
-        settings, path = _settings(bench, name, target), _path(bench, name)
+        settings, path = _settings(bench, name, target, order), _path(bench, name)
         if path.exists():
             try:
                 made, found = _parsed(path)
@@ -164,11 +191,14 @@ def _parsed(path: Path) -> tuple[dict[str, Any], _Removal]:
 
 
 @contextmanager
-def _measuring(bench: Workbench, name: str, target: str) -> Iterator[Damage]:
-    """The damage of removals from the bare model, what is removed contributing nothing."""
+def _measuring(bench: Workbench, name: str, target: str, paths: Path | None = None) -> Iterator[Damage]:
+    """The damage of removals from the bare model, what is removed contributing nothing, or what saved `paths` say."""
     texts = bench.batches(bench.split(name, load_recipe())[0], TOKENS)
     bench.tell("importance by removal: the dense model's answers")
-    attach(bench.model, StaticConfig(target=target, layers="all"))
+    if paths is None:
+        attach(bench.model, StaticConfig(target=target, layers="all"))
+    else:
+        load(bench.model, paths)
     try:
         yield Damage(bench.model, texts, STRIDE)
     finally:

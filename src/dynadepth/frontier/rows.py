@@ -47,6 +47,11 @@ ROWS = (
         "the route of static, with the default recipe's skip paths fitted in closed form and not tuned",
         Static("cosine", fitted=True),
     ),
+    Row(
+        "static-damage",
+        "as static-linear, skipping first what harms the model the least (KL), each alone, its skip path in its place",
+        Static("damage", fitted=True),
+    ),
     Row("static-deepest", "skips the deepest sublayers but the last, the same for every input", Static("deepest")),
     Row("random", "skips sublayers drawn once, the same for every input", Static("random")),
     Row("random-per-input", "skips sublayers drawn anew for each input", RandomPerInput()),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dynadepth import adapter
 from dynadepth.frontier.makers import Budget, Maker, Part, attached, check_reach, read_files
-from dynadepth.frontier.orders import LEFT_OUT, ORDERS, check_order, order_settings, skipped
+from dynadepth.frontier.orders import LEFT_OUT, ORDERS, check_order, every_site, order_settings, path_settings, skipped
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import StaticConfig
 from dynadepth.routed import routing_of
@@ -38,12 +38,12 @@ class Static(Maker):
     def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
         made = {"order": self.order, "target": self.target, **order_settings(self.order, bench, name, self.target)}
         if self.fitted:
-            made["paths"] = bench.fit_settings(name, load_recipe(), self._every_site())
+            made["paths"] = bench.fit_settings(name, load_recipe(), every_site(self.target))
         return made
 
     def ready(self, bench: Workbench, name: str) -> None:
         check_order(self.order, bench, name, self.target)
-        unfitted = self.fitted and not bench.is_fitted(name, load_recipe(), self._every_site())
+        unfitted = self.fitted and not bench.is_fitted(name, load_recipe(), every_site(self.target))
         if order_settings(self.order, bench, name, self.target) or unfitted:
             read_files(bench, name, load_recipe())
 
@@ -53,17 +53,8 @@ class Static(Maker):
         config = StaticConfig(target=self.target, skip=tuple(sorted(order[: skipped(budget, bench.n_layers)])))
         if not self.fitted:
             return [Part(lambda: attached(bench.model, config))]
-        folder = bench.paths(name, load_recipe(), self._every_site())
-        return [Part(lambda: _with_paths(bench.model, replace(config, **_paths()), folder))]
-
-    def _every_site(self) -> StaticConfig:
-        """What skip paths are fitted for."""
-        return StaticConfig(target=self.target, layers="all", **_paths())
-
-
-def _paths() -> dict[str, Any]:
-    """The default recipe's settings of skip paths."""
-    return {key: value for key, value in load_recipe().method.items() if key in ("skip_path", "skip_rank")}
+        folder = bench.paths(name, load_recipe(), every_site(self.target))
+        return [Part(lambda: _with_paths(bench.model, replace(config, **path_settings()), folder))]
 
 
 @contextmanager

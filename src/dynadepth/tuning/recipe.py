@@ -29,8 +29,12 @@ class Recipe:
     objective: str = "kl"
     """`ce`: the task's own loss; `kl`: KL(dense‖routed) on the answer's tokens, the dense model being the same
     backbone."""
+    order: str = "cosine"
+    """What orders the sublayers for `init: importance` and static routes. `cosine`: 1 − cosine of the residual stream;
+    `damage`: KL(dense‖routed) on held-out examples when each is skipped alone, its fitted skip path in place
+    (`removal.alone`)."""
     init: str = "zeros"
-    """`zeros`, or `importance`: biases start from 1 − cosine scores, so that tuning starts at the static route; of a
+    """`zeros`, or `importance`: biases start from `order`'s scores, so that tuning starts at the static route; of a
     static route without an order, the scores are its order; routers of tokens start from what skipping each token would
     cost, predicted from its state (`token_routers`)."""
     controller: str = "none"
@@ -90,6 +94,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("objective", ("ce", "kl")),
+            ("order", ("cosine", "damage")),
             ("init", ("zeros", "importance")),
             ("controller", ("none", "quantile")),
             ("score", ("answers", "all")),
@@ -146,6 +151,11 @@ class Recipe:
         if config.order and self.init == "importance":
             raise ConfigError(
                 f"init: importance measures an order, and method.order {list(config.order)} gives one: leave one out."
+            )
+        if config.order and self.order != "cosine":
+            raise ConfigError(
+                f"order: {self.order} measures an order, and method.order {list(config.order)} gives one: leave one "
+                "out."
             )
         if not config.order and self.init == "zeros":
             raise ConfigError("A static route needs an order: set init to importance to measure one, or method.order.")

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from dynadepth import adapter
-from dynadepth.budget import importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
+from dynadepth.budget import Batches, importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
 from dynadepth.model import check_budget, set_budget
+from dynadepth.removal import Damage, alone
 from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
@@ -31,6 +32,8 @@ FIT_TOKENS = 32_768
 
 WINDOW, WINDOWS = 2048, 16
 """Tokens and number of the windows that importance is measured on."""
+DAMAGE_TOKENS, DAMAGE_STRIDE = 4096, 4
+"""Held-out tokens on which damage is measured, of which every so many are compared."""
 PINNED = 2
 """Batches, the longest ones, on which the first threshold of routers of tokens is measured."""
 
@@ -48,6 +51,18 @@ def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: s
     texts = (e.input_ids[len(special) :] for e in examples)
     windows = [special + ids for ids in joined(texts, min(WINDOW, positions) - len(special), WINDOWS)]
     return importance(model, prompts_to_batches(windows, pad, batch_size=2), target)
+
+
+def damage_of(
+    model: nn.Module, examples: Sequence[Example], pad: int, progress: Callable[[int, int], None] | None
+) -> dict[Site, float]:
+    """KL(dense‖routed) when each routed site is skipped alone, what its skip path says in place, on the first texts."""
+    texts: list[list[int]] = []
+    for example in examples:
+        if sum(map(len, texts)) < DAMAGE_TOKENS:
+            texts.append(example.input_ids)
+    with torch.no_grad():
+        return alone(Damage(model, prompts_to_batches(texts, pad), DAMAGE_STRIDE), progress)
 
 
 def check_learnable(model: nn.Module, recipe: Recipe) -> None:
@@ -103,31 +118,41 @@ def initialise(model: nn.Module, recipe: Recipe, scores: Mapping[Site, float], b
             router.threshold.fill_(float(torch.quantile(biases, 1 - keep_of(model, budget))))
 
 
+def fit_batches(training: Sequence[Example], pad: int) -> Batches:
+    """The training examples on which something starts in closed form."""
+    chosen, tokens = [], 0
+    for example in training:
+        if tokens < FIT_TOKENS:
+            chosen.append(example.input_ids)
+            tokens += len(example.input_ids)
+    return prompts_to_batches(chosen, pad)
+
+
 def fit(
+    model: nn.Module, training: Sequence[Example], pad: int, progress: Callable[[int, int], None] | None
+) -> dict[str, float] | None:
+    """Skip paths start in closed form, on the training examples. Of each site the share of variance that its path
+    explains is returned; None without paths."""
+    if not routing_of(model).paths():
+        return None
+    explained = fit_paths(model, fit_batches(training, pad), progress)
+    return {str(site): share for site, share in explained.items()}
+
+
+def start_by_token(
     model: nn.Module,
     recipe: Recipe,
     training: Sequence[Example],
     pad: int,
     budget: float,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, float] | None:
-    """What starts in closed form, on the training examples: skip paths (of each site the share of variance that it
-    explains is returned; None without paths), then, with `init: importance`, routers of tokens, set to the budget."""
+) -> None:
+    """With `init: importance`, routers of tokens start in closed form behind the skip paths, set to the budget."""
     routing = routing_of(model)
-    by_token = recipe.init == "importance" and not routing.granularity.sticky and not routing.is_static
-    if not (routing.paths() or by_token):
-        return None
-    chosen, tokens = [], 0
-    for example in training:
-        if tokens < FIT_TOKENS:
-            chosen.append(example.input_ids)
-            tokens += len(example.input_ids)
-    batches = prompts_to_batches(chosen, pad)
-    explained = fit_paths(model, batches, progress) if routing.paths() else None
-    if by_token:
+    if recipe.init == "importance" and not routing.granularity.sticky and not routing.is_static:
+        batches = fit_batches(training, pad)
         fit_token_routers(model, batches, progress)
         pin_threshold(model, batches[-PINNED:], keep_of(model, budget))
-    return None if explained is None else {str(site): share for site, share in explained.items()}
 
 
 def held_out(recipe: Recipe, routing: Routing, n_examples: int, shares: int) -> int:

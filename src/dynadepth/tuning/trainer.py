@@ -30,6 +30,7 @@ from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.start import (
     check_learnable,
+    damage_of,
     data_digest,
     fit,
     held_out,
@@ -37,6 +38,7 @@ from dynadepth.tuning.start import (
     keep_of,
     resumable,
     scores_of,
+    start_by_token,
     state_budget,
 )
 
@@ -269,11 +271,15 @@ def tune(
         held_batches = budgets.prompts_to_batches(decided, pad)
         if shares:
             budgets.check_prompts(model, held_batches, len(shares))
-        scores = scores_of(model, examples, pad, routing.target.name)
-        scores = {site: score for site, score in scores.items() if site in routing.states}
+        explained = fit(model, training, pad, _stage(progress, "fit"))
+        if recipe.order == "damage":
+            scores = damage_of(model, heldout, pad, _stage(progress, "importance by removal"))
+        else:
+            scores = scores_of(model, examples, pad, routing.target.name)
+            scores = {site: score for site, score in scores.items() if site in routing.states}
         torch.manual_seed(seed)
         initialise(model, recipe, scores, budget)
-        explained = fit(model, recipe, training, pad, budget, _stage(progress, "fit"))
+        start_by_token(model, recipe, training, pad, budget, _stage(progress, "fit"))
     except BaseException:
         detach(model)
         raise
