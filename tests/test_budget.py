@@ -21,11 +21,13 @@ from dynadepth.budget import (
     forward,
     importance,
     joined,
+    mixture,
     prompts_to_batches,
     quantile_threshold,
     static_skip,
 )
 from dynadepth.errors import BudgetError
+from dynadepth.methods.static import skip_count
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
 
 SIZES = {
@@ -123,6 +125,20 @@ def test_importance_ignores_padding():
     }
     for site, score in importance(model, [padded], "attention").items():
         assert score == pytest.approx(alone[site], abs=1e-6)
+
+
+def test_mixtures_have_exactly_the_keep_ratio_asked_for():
+    assert mixture(0.75, 4, 4) == [(1, 1.0)]
+    assert mixture(0.1, 4, 2) == [(2, 1.0)], "at most two can be skipped"
+    assert mixture(1.0, 4, 4) == [(0, 1.0)]
+    for keep in (0.6, 0.76, 0.99, 0.01):
+        (low, a), (high, b) = mixture(keep, 30 if keep == 0.76 else 4, 30)
+        assert high == low + 1
+        assert a + b == pytest.approx(1)
+        assert a * low + b * high == pytest.approx((1 - keep) * (30 if keep == 0.76 else 4))
+    assert mixture(0.76, 30, 30, tolerance=0.02) == [(7, 1.0)], "0.767 is near enough"
+    assert len(mixture(0.6, 4, 4, tolerance=0.02)) == 2
+    assert skip_count(0.76, 30) == 7
 
 
 def test_static_skip_takes_the_least_important():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynadepth import lora
-from dynadepth.errors import AdapterError
+from dynadepth.errors import AdapterError, NewerFormatError
 from dynadepth.routing.sublayer import is_attached_name
 
 CONFIG, WEIGHTS = "routing_config.json", "routers.safetensors"
@@ -155,7 +155,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{directory / CONFIG} is damaged ({error!r}): save the routers again.") from error
     if found > FORMAT:
-        raise AdapterError(
+        raise NewerFormatError(
             f"{directory} has format {found}, this version reads up to {FORMAT}: upgrade with pip install -U dynadepth."
         )
     blob = _checked(directory, WEIGHTS, document.get("sha256"))

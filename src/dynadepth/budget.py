@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for
 from dynadepth.architectures.probe import quietly
 from dynadepth.errors import BudgetError
+from dynadepth.methods.static import skip_count
 from dynadepth.model import disabled, set_threshold
 from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
@@ -127,7 +128,7 @@ def _residual_streams(
 
 def static_skip(scores: dict[Site, float], budget: float, n_layers: int) -> tuple[int, ...]:
     """Layers that a static route skips so that about `budget` of all sublayers execute: the least important ones."""
-    count = round((1 - budget) * n_layers)
+    count = skip_count(budget, n_layers)
     if count > len(scores):
         raise BudgetError(f"budget {budget} asks to skip {count} sublayers, but only {len(scores)} are scored.")
     return tuple(sorted(in_order(scores)[:count]))
@@ -138,13 +139,14 @@ def in_order(scores: Mapping[Site, float]) -> tuple[int, ...]:
     return tuple(site.layer for site in sorted(scores, key=lambda site: scores[site]))
 
 
-def mixture(keep: float, n_layers: int, most: int) -> list[tuple[int, float]]:
+def mixture(keep: float, n_layers: int, most: int, tolerance: float = 0.0) -> list[tuple[int, float]]:
     """(count skipped, share of the inputs): the one or two whole counts, at most `most`, whose mean keep ratio of
-    `n_layers` sublayers is exactly `keep`."""
+    `n_layers` sublayers is exactly `keep`; where the nearest count's own is within `tolerance` of that, it alone."""
     skipped = min((1 - keep) * n_layers, float(most))
-    low = math.floor(skipped + 1e-6)
-    share = skipped - low
-    return [(low, 1.0)] if share < 1e-3 else [(low, 1 - share), (low + 1, share)]
+    if abs(round(skipped) - skipped) <= max(tolerance * n_layers, 1e-3):
+        return [(round(skipped), 1.0)]
+    low = math.floor(skipped)
+    return [(low, low + 1 - skipped), (low + 1, skipped - low)]
 
 
 def units_needed(routing: Routing, shares: int) -> int:

@@ -28,6 +28,10 @@ class AdapterError(DynadepthError):
     """Saved routers are missing, damaged, from a newer format, or made for another model."""
 
 
+class NewerFormatError(AdapterError):
+    """Saved routers are of a format that only newer versions read: they are whole, and not to be overwritten."""
+
+
 class DataError(DynadepthError):
     """A data file is missing, empty, malformed at a line, or has no known columns."""
 

@@ -3,6 +3,7 @@ budget."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -236,10 +237,11 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> None:
 
 
 def adopt_lora(model: nn.Module, lora: Lora) -> None:
-    """Puts a copy of a detached routing's LoRA beside the routers of an attached model, trainable."""
+    """Puts a copy of another routing's LoRA beside the routers of an attached model, in its dtype, trainable."""
     base, routing = unwrapped(model), routing_of(model)
-    routing.lora = inject(base, routing, lora.config)
+    routing.lora = inject(base, routing, copy.deepcopy(lora.config))
     routing.lora.load_tensors(lora.tensors())
+    routing.lora.to(next(iter(lora.tensors().values())).dtype)
 
 
 @contextmanager

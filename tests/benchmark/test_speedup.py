@@ -19,6 +19,8 @@ from dynadepth.benchmark.machine import cost_table, drawn_copy, measure_table, m
 from dynadepth.benchmark.speedup import speedup_of
 from dynadepth.budget import calibrate, prompts_to_batches
 from dynadepth.errors import BudgetError, ConfigError, UnsupportedModelError
+from dynadepth.lora import LoraSettings
+from dynadepth.model import add_lora
 from dynadepth.report.stamp import stamp
 from dynadepth.routing.router import ConstantRouter
 from small import KINDS, LAYERS, bare, ids, paths, routed, scatter
@@ -168,7 +170,20 @@ def test_a_busy_machine_is_said(monkeypatch, cache):
     monkeypatch.setattr(machine, "measure_table", lambda *_: made_up(spread=0.4))
     said = str(dynadepth.set_speedup(calibrated(), 1.3))
     assert "roughly: the machine was busy when it was measured (spread 40%)" in said
-    assert str(cache) in said
+    (file,) = cache.glob("*.json")
+    assert f"; delete {file} to measure again" in said
+
+
+def test_a_lora_has_tables_of_its_own(measured):
+    model, plain = calibrated(), calibrated()
+    add_lora(model, LoraSettings(2))
+    described = [machine.describe(one, Workload()) for one in (model, plain)]
+    assert described[0]["routing"].pop("lora")["rank"] == 2
+    assert described[0]["routing"] == described[1]["routing"]
+    copy = machine.drawn_copy(model, 0.5)
+    assert dynadepth.routing_of(copy).lora.tensors().keys() == dynadepth.routing_of(model).lora.tensors().keys()
+    before = speedup_of(bare(max_position_embeddings=4096), MindSkipConfig(), 1.3, Workload(), lora=LoraSettings(2))
+    assert before.file != speedup_of(bare(max_position_embeddings=4096), MindSkipConfig(), 1.3, Workload()).file
 
 
 def test_before_tuning_the_budget_is_that_of_the_tuned_routers(measured):

@@ -8,7 +8,7 @@ from eval_models import BOS
 
 from dynadepth import disabled, recording
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.evaluation import divergence, perplexity, scoring
+from dynadepth.evaluation import divergence, evaluate, perplexity, scoring
 from dynadepth.evaluation.perplexity import cut
 
 TEXT = "".join(f"{i} green bottles, and {i * 7919 % 101} brown ones; " for i in range(40))
@@ -135,6 +135,18 @@ def test_windows_fit_the_models_positions(tokenizer, make_routed):
     with pytest.warns(UserWarning, match="windows of 48 tokens with a prompt of 12 .* no more positions"):
         found = perplexity(model, tokenizer, TEXT, **SMALL)
     assert found.n_tokens == 36 * (len(TEXT.encode()) // 48)
+
+
+def test_a_window_asked_for_by_name_is_that_window_or_an_error(tokenizer, make_routed, tmp_path):
+    model = make_routed(max_position_embeddings=48)
+    for name in ("long", "short"):
+        (tmp_path / f"{name}.txt").write_text(TEXT if name == "long" else TEXT[:40])
+    long, short = (tmp_path / f"{name}.txt" for name in ("long", "short"))
+    assert list(evaluate(model, tokenizer, perplexity=[f"{long}@48"])["perplexity"]) == [f"{long}@48"]
+    with pytest.raises(DataError, match=r"long\.txt@64 asks for windows of 64 tokens, and the model reads 48: .*@48"):
+        evaluate(model, tokenizer, perplexity=[f"{long}@64"])
+    with pytest.raises(DataError, match=r"windows of 48 tokens were asked for.*no more tokens than 40: ask for @40"):
+        evaluate(model, tokenizer, perplexity=[f"{short}@48"], compare_dense=True)
 
 
 def test_the_mode_of_the_model_comes_back(routed, tokenizer):

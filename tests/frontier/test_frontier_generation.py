@@ -28,8 +28,8 @@ def gsm8k(tmp_path):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Whatever the model writes ends in a number: 2 after what it wrote itself, so that the answer is read from the end.
-    The batches that were written together."""
+    """Every answer is 7, then what the model wrote, then 2: what stands last counts. The sizes of the batches
+    that were written together."""
     batches = []
     generate, until = DynadepthLM._model_generate, DynadepthLM.generate_until
 
@@ -44,9 +44,7 @@ def written(monkeypatch):
     return batches
 
 
-def test_cells_hold_exact_matches_of_written_answers(
-    opened, data, gsm8k, written, model_folder, tmp_path, monkeypatch
-):
+def test_cells_hold_exact_matches_of_written_answers(opened, data, gsm8k, written, model_folder, tmp_path, monkeypatch):
     routers = save_routers(tmp_path / "random", model_folder)
     monkeypatch.setattr(Workbench, "routers", lambda *_: routers)
     methods = ("default", "default-static", "default-shuffled", "random-per-input")

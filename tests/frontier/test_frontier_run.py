@@ -10,10 +10,11 @@ import pytest
 import torch
 from runs import BUDGETS, CELLS, settings_for
 
+import dynadepth
 from dynadepth import is_attached
 from dynadepth.errors import BudgetError, ConfigError, DataError
 from dynadepth.frontier import rows, run, scoring, workbench
-from dynadepth.frontier.makers import Tuned, whole_counts
+from dynadepth.frontier.makers import Tuned
 from dynadepth.frontier.run import Teller, run_frontier
 from dynadepth.frontier.scoring import blend
 from dynadepth.frontier.static import Static
@@ -178,6 +179,21 @@ def test_one_tuning_serves_every_budget(opened, model_folder, data, tmp_path, mo
     assert tunings == ["default"]
 
 
+@pytest.mark.parametrize("method", ["default", "static-linear"])
+def test_routers_of_a_newer_version_are_refused_and_stay(opened, model_folder, data, tmp_path, method, counted):
+    settings = settings_for(model_folder, data, methods=(method,), tasks=(), budgets=(0.5,))
+    folder = tmp_path / "routers" / method
+    dynadepth.save(dynadepth.attach(opened[0], dynadepth.MindSkipConfig()), folder)
+    dynadepth.detach(opened[0])
+    file = folder / "routing_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}), encoding="utf-8")
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=r"has format 99.*pip install -U dynadepth\. Or give another --out"):
+        run_frontier(*opened, settings, tmp_path)
+    assert file.read_bytes() == before
+    assert counted == []
+
+
 def test_routers_without_calibration_keep_their_own_budget(opened, model_folder, data, tmp_path):
     settings = settings_for(model_folder, data, methods=("mindskip-paper",), tasks=())
     found = run_frontier(*opened, settings, tmp_path)
@@ -229,11 +245,6 @@ def test_tuning_data_is_read_first(opened, model_folder, data, tmp_path, counted
 
 
 def test_mixtures_are_exact_means():
-    assert whole_counts(0.75, 4, 4) == [(1, 1.0)]
-    assert whole_counts(0.76, 30, 30) == [(7, 1.0)]
-    (low, a), (high, b) = whole_counts(0.6, 4, 4)
-    assert (low, high) == (1, 2)
-    assert a * low + b * high == pytest.approx(1.6)
     one = {"ppl": 2.0, "nll": math.log(2), "rows": [1.0, 2.0], "n": 3, "name": "one", "none": None}
     other = {"ppl": 8.0, "nll": math.log(8), "rows": [3.0, 6.0], "n": 3, "name": "other", "none": None}
     assert blend([(0.5, one), (0.5, other)]) == {

@@ -12,13 +12,14 @@ import torch
 
 import dynadepth
 from dynadepth import hub
-from dynadepth.errors import DataError
+from dynadepth.errors import AdapterError, DataError
 from dynadepth.report import demo, measure, tuned
 from dynadepth.report.html import render
 from dynadepth.report.samples import answers, read_prompts
 from dynadepth.report.summary import VARIANTS, rows, verdict
 from dynadepth.report.twin import StaticTwins
 from dynadepth.routing.decision import Site
+from dynadepth.tuning import load_recipe
 from saved_model import N_LAYERS, attach_routers
 
 SCORES = {Site(layer, "attention"): score for layer, score in enumerate((0.4, 0.1, 0.3, 0.2))}
@@ -112,6 +113,14 @@ def test_twins_skip_the_least_important(routed):
     assert twins.skipping(2) is twin
     assert twins.nearest(0.45) is twin
     assert dynadepth.routing_of(routed).config.name == "mindskip"
+
+
+def test_routers_of_a_newer_version_are_not_tuned_over(routed, tmp_path):
+    folder = dynadepth.save(routed, tmp_path / "routers")
+    file = folder / "routing_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}), encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"format 99.*upgrade"):
+        tuned.is_reusable(folder, routed, load_recipe(), name="tiny", budget=0.5, seed=0, n_samples=3)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.75, 0.6, 0.5, 0.25])

@@ -89,6 +89,16 @@ def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch, recipe):
         torch.testing.assert_close(ended[name], tensor, msg=name)
 
 
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(tmp_path, monkeypatch):
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    wanted = (tmp_path / "routers.safetensors").read_bytes()
+    half = tmp_path / "checkpoints" / "checkpoint-99"
+    half.mkdir(parents=True)
+    (half / "routing_config.json").write_text('{"format":')
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    assert (tmp_path / "routers.safetensors").read_bytes() == wanted
+
+
 def test_skip_paths_are_tuned_and_saved(tmp_path):
     """Paths move away from their fit, answer the same after loading, and another model's are refused."""
     model = tiny()
@@ -143,7 +153,7 @@ def test_a_step_in_which_everything_executes_teaches_nothing(tmp_path):
 
 
 def test_without_skip_paths_there_is_nothing_left_to_learn(tmp_path):
-    with pytest.raises(ConfigError, match=r"joint: 0.5 leaves nothing to learn without skip paths: set it to 1\."):
+    with pytest.raises(ConfigError, match=r"joint: 0.5 leaves nothing to learn without skip paths or LoRA: set it to 1\."):
         tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, joint=0.5), out=tmp_path)
 
 

@@ -54,8 +54,7 @@ def cost_table(model: torch.nn.Module, workload: Workload, progress: Progress | 
     if limit is not None and workload.context + workload.new_tokens > limit:
         raise ConfigError(f"{workload} cannot be timed: the model reads {limit:,}; ask for a shorter workload.")
     setting = describe(base, workload)
-    digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
-    path = folder() / f"{digest[:16]}.json"
+    path = _path(setting)
     found = read(path, setting)
     if found is None:
         found = measure_table(base, workload, progress)
@@ -63,9 +62,14 @@ def cost_table(model: torch.nn.Module, workload: Workload, progress: Progress | 
     return found
 
 
-def folder() -> Path:
-    """Where the tables are kept; what is deleted there is measured again."""
-    return cache_dir() / "cost-tables"
+def table_path(model: torch.nn.Module, workload: Workload) -> Path:
+    """Where the table of `cost_table` is kept; deleted there, it is measured again."""
+    return _path(describe(unwrapped(model), workload))
+
+
+def _path(setting: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "cost-tables" / f"{digest[:16]}.json"
 
 
 def describe(model: PreTrainedModel, workload: Workload) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dynadepth.benchmark.cost_table import CostTable, Workload
-from dynadepth.benchmark.machine import cost_table, folder
+from dynadepth.benchmark.machine import cost_table, table_path
 from dynadepth.errors import BudgetError
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
@@ -42,6 +43,8 @@ class SpeedUp:
     workload: Workload
     table: CostTable | None
     """None for 1x, which needs no measuring."""
+    file: Path | None = None
+    """Where the table is kept."""
 
     def __str__(self) -> str:
         share = f"{self.asked:g}x asked: budget {self.budget:.2f} of the {self.target}s"
@@ -51,7 +54,7 @@ class SpeedUp:
         if self.table.spread <= BUSY:
             return said
         busy = f"the machine was busy when it was measured (spread {self.table.spread:.0%})"
-        return f"{said}, roughly: {busy}; delete {folder()} to measure again"
+        return f"{said}, roughly: {busy}; delete {self.file} to measure again"
 
     def to_dict(self) -> dict[str, Any]:
         """For the provenance of results: what was asked, what is expected, and the points measured."""
@@ -112,7 +115,8 @@ def solve_speedup(model: nn.Module, times: float, workload: Workload, progress: 
     table = cost_table(model, workload, progress)
     budget = solved_budget(table, routing, times)
     expected = table.speedup(routing.keep_of(budget))
-    return SpeedUp(float(times), budget, expected, routing.target.name, workload, table)
+    file = table_path(model, workload)
+    return SpeedUp(float(times), budget, expected, routing.target.name, workload, table, file)
 
 
 def solved_budget(table: CostTable, routing: Routing, times: float) -> float:

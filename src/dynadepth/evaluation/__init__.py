@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynadepth.errors import ConfigError
+from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.files import read_text, with_window
-from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, protocol
+from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, positions_of, protocol
 from dynadepth.model import disabled
 from dynadepth.routed import is_attached
 from dynadepth.routing.recorder import Recorder, recording
@@ -68,6 +68,8 @@ def evaluate(
         raise ConfigError(f"limit must be at least 1, got {limit}.")
     # Before anything slow, so that a bad name costs nothing.
     texts = {file: (read_text(file), protocol(with_window(file)[1])) for file in files}
+    for file, (_, lengths) in texts.items():
+        _check_positions(file, lengths, positions_of(model))
     suite = _Suite(model, tokenizer, names, task_data, batch_size, progress) if names else None
 
     compare = compare_dense and is_attached(model)
@@ -110,6 +112,15 @@ def evaluate(
             "kl": {file: list(d.rows) for file, d in divergences.items()},
         }
     return out | _spent(model, record, mean_length())
+
+
+def _check_positions(file: str, lengths: Mapping[str, Any], positions: int | None) -> None:
+    """Raises `DataError` where the file's name asks for windows that the model cannot read."""
+    if lengths.get("exact") and positions is not None and lengths["window"] > positions:
+        raise DataError(
+            f"{file} asks for windows of {lengths['window']:,} tokens, and the model reads {positions:,}: ask for "
+            f"@{positions}, or leave the text out."
+        )
 
 
 class _Suite:

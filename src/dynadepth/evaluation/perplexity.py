@@ -90,15 +90,16 @@ def perplexity(
     prompt: int = PROMPT,
     batch_size: int = 4,
     max_windows: int | None = None,
+    exact: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of `text` under `model` as it stands: routed where routers are attached and enabled, else dense.
 
     `max_windows` takes the first windows only; `progress` is given a line after each batch. A text shorter than one
-    window is one shorter window with a prompt shortened alike, which a warning says. Raises `DataError` for fewer than
-    8 tokens, `ConfigError` for a window or prompt that makes no sense.
+    window is one shorter window with a prompt shortened alike, which a warning says, or with `exact` a `DataError`.
+    Raises `DataError` for fewer than 8 tokens, `ConfigError` for a window or prompt that makes no sense.
     """
-    windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
+    windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, positions_of(model), exact)
     rows: list[float] = []
     count = 0
     with _eval_mode(model):
@@ -125,6 +126,7 @@ def divergence(
     prompt: int = PROMPT,
     batch_size: int = 4,
     max_windows: int | None = None,
+    exact: bool = False,
     progress: Progress | None = None,
 ) -> Divergence:
     """KL, agreement, and both perplexities of a routed model, each forward made once; arguments as for `perplexity`.
@@ -140,10 +142,11 @@ def divergence(
             prompt=prompt,
             batch_size=batch_size,
             max_windows=max_windows,
+            exact=exact,
             progress=progress,
         )
         return Divergence(0.0, 1.0, alone.n_tokens, alone, alone, (0.0,) * len(alone.rows))
-    windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, _positions(model))
+    windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, positions_of(model), exact)
     rows: dict[str, list[float]] = {"routed": [], "dense": [], "kl": []}
     agree = count = 0
     with _eval_mode(model):
@@ -181,10 +184,12 @@ def cut(
     prompt: int = PROMPT,
     max_windows: int | None = None,
     positions: int | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, int]:
     """The windows of `text`, int64 `[windows, window]`, and the length of their prompts.
 
-    Both lengths shrink, with a warning, where the text is shorter than a window or the model has fewer `positions`.
+    Where the text is shorter than a window or the model has fewer `positions`, both lengths shrink, with a warning;
+    with `exact` a DataError says so.
     """
     if not 0 < prompt < window:
         raise ConfigError(f"a window of {window} tokens cannot have a prompt of {prompt}: use 0 < prompt < window.")
@@ -198,6 +203,10 @@ def cut(
         raise DataError(f"the text has {longest} tokens, too few to score: give at least {SHORTEST}.")
     if longest < window:
         why = "the model has no more positions" if longest == positions else "the text has no more tokens"
+        if exact:
+            raise DataError(
+                f"windows of {window} tokens were asked for, but {why} than {longest}: ask for @{longest}, or for none."
+            )
         prompt = max(1, longest * prompt // window)
         warnings.warn(
             f"windows of {longest} tokens with a prompt of {prompt} are scored instead of {window}: {why}.",
@@ -209,13 +218,13 @@ def cut(
     return torch.tensor([special + ids[start : start + step] for start in starts]), prompt
 
 
-def protocol(window: int | None) -> dict[str, int]:
-    """`window` and `prompt` of `perplexity` for a text whose name asks for windows of a length, or for none."""
+def protocol(window: int | None) -> dict[str, Any]:
+    """`window`, `prompt`, `exact` of `perplexity` for a text whose name asks for windows of a length, or for none."""
     if window is None:
         return {"window": WINDOW, "prompt": PROMPT}
     if window < SHORTEST:
         raise ConfigError(f"windows of {window} tokens are too short to score: give at least {SHORTEST}.")
-    return {"window": window, "prompt": window - window // 4}
+    return {"window": window, "prompt": window - window // 4, "exact": True}
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, n: int | None) -> list[int]:
@@ -258,7 +267,7 @@ def _batches(windows_NT: Tensor, batch_size: int, progress: Progress | None) -> 
             progress(f"{min(start + batch_size, len(windows_NT))} of {len(windows_NT)} windows")
 
 
-def _positions(model: Any) -> int | None:
+def positions_of(model: Any) -> int | None:
     """Longest input of the model, where its config says."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

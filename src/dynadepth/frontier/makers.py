@@ -8,7 +8,6 @@ is meant.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dynadepth.budget import in_order
+from dynadepth.budget import in_order, mixture
 from dynadepth.errors import BudgetError
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import DepthConfig
@@ -163,17 +162,8 @@ class TwinOf(Maker):
         routed = recipe.config().routed_layers(bench.n_layers)
         order = [layer for layer in in_order(scores) if layer in routed]
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
-        counts = whole_counts(keep, bench.n_layers, len(order))
+        counts = mixture(keep, bench.n_layers, len(order), TOLERANCE)
         return [Part(_fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
-
-
-def whole_counts(keep: float, n_layers: int, most: int) -> list[tuple[int, float]]:
-    """(skipped, share of the inputs): the nearest whole count, or two whose mean keeps `keep` where that is too far."""
-    exact = min((1 - keep) * n_layers, float(most))
-    if abs(round(exact) - exact) / n_layers <= TOLERANCE:
-        return [(round(exact), 1.0)]
-    low = math.floor(exact)
-    return [(low, low + 1 - exact), (low + 1, exact - low)]
 
 
 def check_reach(name: str, budget: float, n_layers: int, most: int, reached: bool) -> None:

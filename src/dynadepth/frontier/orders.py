@@ -19,6 +19,7 @@ from dynadepth.errors import ConfigError, DataError
 from dynadepth.frontier.settings import difference
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import StaticConfig
+from dynadepth.methods.static import skip_count
 from dynadepth.model import attach, detach, load
 from dynadepth.provenance import provenance
 from dynadepth.removal import Damage, GreedySearch, alone
@@ -58,7 +59,7 @@ def _damage(bench: Workbench, name: str, target: str) -> list[int]:
 
 def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
     found = _Removal.read(bench, name, target)
-    search, count = found.search, max(skipped(budget, bench.n_layers) for budget in bench.settings.budgets)
+    search, count = found.search, max(skip_count(budget, bench.n_layers) for budget in bench.settings.budgets)
     if len(search.chosen) < count:
         search.increase = search.increase or dict(found.alone)
         tell = _told(bench, "greedy")
@@ -102,11 +103,6 @@ def check_order(order: str, bench: Workbench, name: str, target: str) -> None:
     """Raises `ConfigError` for scores that were measured with other settings."""
     if order in BY_REMOVAL:
         _Removal.read(bench, name, target, order)
-
-
-def skipped(budget: float, n_layers: int) -> int:
-    """How many sublayers a static route skips at a budget."""
-    return round((1 - budget) * n_layers)
 
 
 def every_site(target: str) -> StaticConfig:

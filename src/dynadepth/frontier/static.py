@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from dynadepth import adapter
 from dynadepth.frontier.makers import Budget, Maker, Part, attached, check_reach, read_files
-from dynadepth.frontier.orders import LEFT_OUT, ORDERS, check_order, every_site, order_settings, path_settings, skipped
+from dynadepth.frontier.orders import LEFT_OUT, ORDERS, check_order, every_site, order_settings, path_settings
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import StaticConfig
+from dynadepth.methods.static import skip_count
 from dynadepth.routed import routing_of
 from dynadepth.tuning import load_recipe
 
@@ -32,7 +33,7 @@ class Static(Maker):
     def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
         asked, most = tuple(asked), n_layers - LEFT_OUT.get(self.order, 0)
         for budget in asked:
-            check_reach(name, budget, n_layers, most, skipped(budget, n_layers) <= most)
+            check_reach(name, budget, n_layers, most, skip_count(budget, n_layers) <= most)
         return asked
 
     def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class Static(Maker):
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         assert budget is not None
         order = ORDERS[self.order](bench, name, self.target)
-        config = StaticConfig(target=self.target, skip=tuple(sorted(order[: skipped(budget, bench.n_layers)])))
+        config = StaticConfig(target=self.target, skip=tuple(sorted(order[: skip_count(budget, bench.n_layers)])))
         if not self.fitted:
             return [Part(lambda: attached(bench.model, config))]
         folder = bench.paths(name, load_recipe(), every_site(self.target))

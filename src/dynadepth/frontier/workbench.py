@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.budget import Batches, prompts_to_batches
-from dynadepth.errors import AdapterError, ConfigError, DataError
+from dynadepth.errors import AdapterError, ConfigError, DataError, NewerFormatError
 from dynadepth.frontier.settings import Settings, difference, source_facts
 from dynadepth.methods import StaticConfig
 from dynadepth.model import attach, detach
@@ -132,6 +132,8 @@ class Workbench:
         folder = self.out / ROUTERS / row
         try:
             made = adapter.read(folder)[0].get("provenance") or {}
+        except NewerFormatError as error:
+            raise ConfigError(f"{error} Or give another --out: they are not made again in their place.") from error
         except AdapterError:
             return False
         if "frontier" not in made or "stopped" in made:

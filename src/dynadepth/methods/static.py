@@ -15,6 +15,11 @@ from dynadepth.routing.decision import Site
 from dynadepth.routing.router import AbstractRouter, ConstantRouter
 
 
+def skip_count(budget: float, n_layers: int) -> int:
+    """How many of `n_layers` sublayers a fixed route skips at a budget: the nearest whole number."""
+    return round((1 - budget) * n_layers)
+
+
 @dataclass(frozen=True)
 class StaticConfig(DepthConfig):
     """Skips `skip`, executes everything else (LLM-Drop, arXiv 2406.15786, is such a route chosen by cosine)."""
@@ -49,8 +54,8 @@ class StaticConfig(DepthConfig):
         return tuple(sorted(self.order)) or self.skip or tuple(range(n_layers))
 
     def at_budget(self, budget: float, n_layers: int) -> StaticConfig | None:
-        """Skips the first `round((1 - budget) * n_layers)` layers of the order; None without an order."""
-        return replace(self, skip=self.order[: round((1 - budget) * n_layers)]) if self.order else None
+        """Skips the first layers of the order (`skip_count`); None without an order."""
+        return replace(self, skip=self.order[: skip_count(budget, n_layers)]) if self.order else None
 
     def build_router(self, site: Site, hidden_size: int) -> AbstractRouter:
         return ConstantRouter(execute=site.layer not in self.skip)

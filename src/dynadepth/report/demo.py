@@ -18,6 +18,7 @@ import torch
 
 from dynadepth import hub
 from dynadepth.benchmark import cut_prompts, run
+from dynadepth.methods.static import skip_count
 from dynadepth.model import disabled
 from dynadepth.report import measure
 from dynadepth.report.samples import answers
@@ -148,7 +149,7 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
         "granularity": routing.config.granularity,
         "layers": routing.n_layers,
         "routed_sites": [str(site) for site in routing.sites],
-        "static_skip": list(twins.skipped(round((1 - settings.budget) * routing.n_layers))),
+        "static_skip": list(twins.skipped(skip_count(settings.budget, routing.n_layers))),
         "tuning": tuning,
         "variants": variants,
         "site_keep": sites,

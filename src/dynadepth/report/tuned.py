@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
-from dynadepth.errors import DynadepthError
+from dynadepth.errors import DynadepthError, NewerFormatError
 from dynadepth.model import load, set_budget
 from dynadepth.provenance import provenance
 from dynadepth.report.stamp import model_facts, sign
@@ -53,9 +53,11 @@ def tuned_routers(
 def is_reusable(
     folder: Path, model: PreTrainedModel, recipe: Recipe, *, name: str, budget: float, seed: int, n_samples: int
 ) -> bool:
-    """Does `folder` hold complete routers of exactly this run?"""
+    """Does `folder` hold complete routers of exactly this run? Raises NewerFormatError for those of a newer version."""
     try:
         document = adapter.read(folder)[0]
+    except NewerFormatError:
+        raise
     except DynadepthError:
         return False
     made = document.get("provenance") or {}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from dynadepth.benchmark.pruned import bare_twin
 from dynadepth.budget import mixture, static_skip
 from dynadepth.methods import StaticConfig
-from dynadepth.model import attach
+from dynadepth.methods.static import skip_count
+from dynadepth.model import adopt_lora, attach
 from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 
@@ -45,12 +46,14 @@ class StaticTwins:
             config = StaticConfig(target=self.target, layers=layers, skip=skip, skip_path=path, skip_rank=rank)
             twin = attach(bare_twin(self.model), config)
             routing_of(twin).take_paths(routing)
+            if routing.lora is not None:
+                adopt_lora(twin, routing.lora)
             self._made[count] = twin
         return self._made[count]
 
     def nearest(self, keep: float) -> PreTrainedModel:
         """The twin whose keep ratio (of all sublayers of the target) is the nearest to `keep`."""
-        return self.skipping(min(round((1 - keep) * self.n_layers), len(self.scores)))
+        return self.skipping(min(skip_count(keep, self.n_layers), len(self.scores)))
 
     def mixture(self, keep: float) -> list[tuple[int, float]]:
         """(count skipped, share of the inputs): the one or two whole counts whose mean keep ratio is exactly `keep`."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from dynadepth import adapter
 from dynadepth.budget import Batches, importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
-from dynadepth.errors import ConfigError
+from dynadepth.errors import AdapterError, ConfigError
 from dynadepth.methods import StaticConfig
 from dynadepth.model import check_budget, set_budget
 from dynadepth.removal import Damage, alone
@@ -168,12 +168,13 @@ def data_digest(examples: Sequence[Example]) -> str:
 
 
 def resumable(out: Path, provenance: dict[str, Any]) -> str | None:
-    """The last checkpoint in `out`, if it was made with the same settings; others are left alone and not used."""
+    """The last checkpoint in `out`, if it was made with the same settings; others, and what a kill left half
+    written, are left alone and not used."""
     found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(found):
         try:
             saved = adapter.read(path)[0].get("provenance")
-        except ConfigError:
+        except AdapterError:
             continue
         if saved == json.loads(json.dumps(copy.deepcopy(provenance))):
             return str(path)
