@@ -153,7 +153,9 @@ def test_a_step_in_which_everything_executes_teaches_nothing(tmp_path):
 
 
 def test_without_skip_paths_there_is_nothing_left_to_learn(tmp_path):
-    with pytest.raises(ConfigError, match=r"joint: 0.5 leaves nothing to learn without skip paths or LoRA: set it to 1\."):
+    with pytest.raises(
+        ConfigError, match=r"joint: 0.5 leaves nothing to learn without skip paths or LoRA: set it to 1\."
+    ):
         tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, joint=0.5), out=tmp_path)
 
 
