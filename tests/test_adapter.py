@@ -13,7 +13,7 @@ from safetensors.torch import load as deserialise
 
 from adapters import content, refused, save_tiny
 from dynadepth import MindSkipConfig, StaticConfig, attach, detach, is_attached, load, routing_of, save
-from dynadepth.adapter import CONFIG, FORMAT, WEIGHTS
+from dynadepth.adapter import CONFIG, WEIGHTS, WITHOUT_LORA
 from dynadepth.errors import ConfigError
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
 from small import FAMILIES, KINDS, bare, ids, ragged, routed
@@ -75,7 +75,7 @@ def test_nothing_is_pickled_and_no_weight_of_the_model_is_saved(saved: Path) -> 
         f"{layer}.attention.{name}" for layer in range(4) for name in ("weight", "bias", "threshold")
     }
     data = json.loads((saved / CONFIG).read_text())
-    assert data["format"] == FORMAT
+    assert data["format"] == WITHOUT_LORA
     assert data["config"]["method"] == "mindskip"
     assert data["base_model"]["name"] == "tiny/llama"
 

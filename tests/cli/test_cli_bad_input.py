@@ -146,6 +146,7 @@ def test_samples_that_are_all_too_long(refused, model_folder, tmp_path):
         (["--method", "auto", "--recipe", "mindskip-paper"], "'mindskip-paper' cannot choose"),
         (["--method", "static", "--recipe", "mindskip-paper"], "A static route needs an order"),
         (["--max-samples", "0"], "--max-samples must be at least 1, not 0"),
+        (["--lora", "0"], "--lora must be at least 1, not 0"),
     ],
 )
 def test_tuning_options_are_checked_before_the_model(refused, tmp_path, options, named):
