@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dynadepth.architectures import decoder_layers, spec_for
-from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.errors import ConfigError, UnsupportedModelError, did_you_mean
 from dynadepth.routing.context import current
 from dynadepth.routing.sublayer import is_attached_name, restore_class, swap_class
 
@@ -71,11 +71,12 @@ class LoraSettings:
         return LoraSettings(**data)
 
     def config(self, model: PreTrainedModel) -> Any:
-        """PEFT's configuration for a model. Raises ConfigError for modules that the model does not have."""
+        """PEFT's configuration for a model. Raises ConfigError for modules that the model does not have,
+        UnsupportedModelError for a model without any."""
         known = linear_names(model)
         if not known:
-            raise ConfigError(
-                f"lora: {type(model).__name__} has no linear layer in its attentions and MLPs: tune without LoRA."
+            raise UnsupportedModelError(
+                f"{type(model).__name__} can have no LoRA: its attentions and MLPs have no linear layer; tune without."
             )
         for name in self.modules:
             if name not in known:

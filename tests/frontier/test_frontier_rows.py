@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import settings_for
 
-from dynadepth import attach, detach, is_attached, load, recording, routing_of
+from dynadepth import attach, detach, is_attached, load, lora, recording, routing_of
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier import makers, orders, workbench
@@ -299,6 +299,15 @@ def test_the_default_recipe_with_lora(opened, settings, tmp_path):
     assert not is_attached(model)
     assert not any("lora_" in name for name in model.state_dict())
     run_frontier(model, opened[1], settings("default-lora", budgets=(0.5,), bench=True), tmp_path)  # all is there
+
+
+def test_a_model_that_can_have_no_lora_is_said_before_any_cell(opened, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "linear_names", lambda model: [])
+    told = []
+    found = run_frontier(*opened, settings("default-lora", "static", budgets=(0.5,)), tmp_path, Teller(told.append))
+    assert [row["name"] for row in found.methods] == ["dense", "static"]
+    assert told[0].startswith("default-lora is left out: LlamaForCausalLM can have no LoRA")
+    assert not is_attached(opened[0])
 
 
 def test_a_method_that_the_model_cannot_have_is_said_and_left_out(opened, settings, tmp_path, monkeypatch):

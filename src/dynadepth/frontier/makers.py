@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from dynadepth.budget import in_order, mixture
 from dynadepth.errors import BudgetError
 from dynadepth.frontier.workbench import Workbench
+from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
 from dynadepth.methods.random import RandomConfig
-from dynadepth.model import attach, detach, fixed_routes, load, set_budget
+from dynadepth.model import add_lora, attach, detach, fixed_routes, load, set_budget
 from dynadepth.routed import routing_of
 from dynadepth.tuning import Recipe, load_recipe
 
@@ -128,8 +129,9 @@ class Tuned(Maker):
 
     def ready(self, bench: Workbench, name: str) -> None:
         if not bench.is_tuned(name, self.made()):
-            with attached(bench.model, self.made().config()):
-                pass  # the probe refuses what this model cannot do
+            with attached(bench.model, self.made().config()):  # the probe refuses what this model cannot do
+                if self.made().lora:
+                    add_lora(bench.model, LoraSettings.from_dict(self.made().lora))
             read_files(bench, name, self.made())
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
