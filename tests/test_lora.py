@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,28 @@ def test_the_model_is_saved_without_it(tmp_path: Path) -> None:
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("routed", "bare"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_pushed_to_the_hub_is_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`push_to_hub` is the model's own: it uploads what `save_pretrained` writes. Nothing leaves this machine here."""
+    from transformers.utils import hub
+
+    pushed: dict[str, Any] = {}
+
+    def upload(self: Any, folder: str, repo_id: str, **_: Any) -> None:
+        pushed.update(load_file(Path(folder) / "model.safetensors"), repo=repo_id)
+
+    model = adapted()
+    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    model.push_to_hub("me/mine")
+    assert pushed.pop("repo") == "me/mine"
+    wanted = bare().state_dict()
+    assert pushed.keys() == wanted.keys()
+    assert all(torch.equal(pushed[name], wanted[name]) for name in wanted)
 
 
 def test_routers_saved_over_it_take_it_away(saved: Path) -> None:
