@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynadepth.benchmark.speedup import set_speedup
-    from dynadepth.methods import DepthConfig, MindSkipConfig, StaticConfig
-    from dynadepth.model import attach, detach, disabled, fixed_routes, load, save, set_budget
+    from dynadepth.methods import DepthConfig, MindSkipConfig, MoDConfig, StaticConfig
+    from dynadepth.model import attach, detach, disabled, expert_choice, fixed_routes, load, save, set_budget
     from dynadepth.routed import is_attached, routing_of
     from dynadepth.routing.decision import KeepRatio, Site
     from dynadepth.routing.recorder import recording
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "DepthConfig": "methods",
     "MindSkipConfig": "methods",
+    "MoDConfig": "methods",
     "StaticConfig": "methods",
     "KeepRatio": "routing.decision",
     "Site": "routing.decision",
@@ -20,6 +21,7 @@ _WHERE = {
     "attach": "model",
     "detach": "model",
     "disabled": "model",
+    "expert_choice": "model",
     "fixed_routes": "model",
     "is_attached": "routed",
     "load": "model",
@@ -33,11 +35,13 @@ __all__ = [
     "DepthConfig",
     "KeepRatio",
     "MindSkipConfig",
+    "MoDConfig",
     "Site",
     "StaticConfig",
     "attach",
     "detach",
     "disabled",
+    "expert_choice",
     "fixed_routes",
     "is_attached",
     "load",

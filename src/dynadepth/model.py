@@ -22,7 +22,7 @@ from dynadepth.lora import Lora, LoraSettings, inject, read_config, remove
 from dynadepth.methods import DepthConfig, config_from_dict
 from dynadepth.routed import Routing, is_attached, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration
-from dynadepth.routing.context import Injection, carrying_context, disabling, injecting
+from dynadepth.routing.context import Injection, carrying_context, choosing, disabling, injecting
 from dynadepth.routing.decision import Site
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import granularity_named
@@ -45,8 +45,8 @@ M = TypeVar("M", bound=nn.Module)
 def attach(model: M, config: DepthConfig) -> M:
     """Routes a pretrained model in place and returns it.
 
-    The backbone is frozen (a PeftModel keeps its own choice of trainable parameters); the new routers are trainable,
-    float32. PEFT freezes whatever it wraps, routers too: to train both, attach to the PeftModel. Parameter names do not
+    The backbone is frozen (a PeftModel keeps its own choice of trainable parameters, and a method that trains the base
+    leaves it as it is); the new routers are trainable, float32. PEFT freezes whatever it wraps, routers too: to train both, attach to the PeftModel. Parameter names do not
     change. Raises UnsupportedModelError where the probe finds that the model cannot be routed as asked (it is left as
     it was), ConfigError for a layer that does not exist or a model that is already routed.
     """
@@ -83,7 +83,7 @@ def attach(model: M, config: DepthConfig) -> M:
                 is_block = module is not attention
                 state.project = probing.kv_projector(base, spec, bare, site.layer, attention, is_block)
             routing.states[site] = state
-    _install(base, routing, modules, freeze=base is model)
+    _install(base, routing, modules, freeze=base is model and not config.trains_base)
     try:
         with probing.quietly(base), injecting(routing, {}):
             probing.check_same(base, bare, probing.ask(base)[0])
@@ -251,6 +251,21 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         return
     with disabling(routing_of(model)):
+        yield model
+
+
+@contextmanager
+def expert_choice(model: nn.Module) -> Iterator[nn.Module]:
+    """Decides inside the block as training does, in evaluation mode, too, in this thread: the tokens of a sequence
+    compete. Not causal, so without a cache: for comparing losses, not for generating. The method's own loss is left
+    out. ConfigError where no router compares tokens."""
+    routing = routing_of(model)
+    if not routing.chooses:
+        raise ConfigError(
+            f"Routers of method {routing.config.name!r} decide about each unit alone: expert_choice is for "
+            "Mixture-of-Depths."
+        )
+    with choosing(routing):
         yield model
 
 

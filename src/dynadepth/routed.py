@@ -16,6 +16,7 @@ from dynadepth.lora import Lora, base_state
 from dynadepth.methods import DepthConfig
 from dynadepth.routing.calibration import Calibration
 from dynadepth.routing.decision import Site
+from dynadepth.routing.expert_choice import ChoosingRouter
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import Granularity
 from dynadepth.routing.router import AbstractRouter
@@ -74,6 +75,11 @@ class Routing:
     def learns(self) -> bool:
         """Has any router a parameter to train? Then training runs every unit both ways, else what executes alone."""
         return any(p.requires_grad for router in self.routers().values() for p in router.parameters())
+
+    @property
+    def chooses(self) -> bool:
+        """Do tokens compete within their sequence while training (see `routing/expert_choice.py`)?"""
+        return any(isinstance(router, ChoosingRouter) for router in self.routers().values())
 
     def routers(self) -> dict[Site, AbstractRouter]:
         """The router of each site."""

@@ -34,6 +34,8 @@ class DepthConfig(ABC):
     """What is routed, in which units. Subclasses (one a method) add their settings; `name` is the method's name."""
 
     name: ClassVar[str]
+    trains_base: ClassVar[bool] = False
+    """Is the base model trained with the routers? Else it is frozen."""
 
     target: str = "attention"
     """`attention`, `mlp` or `block`."""

@@ -31,7 +31,8 @@ class ForwardContext:
     `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may
     see. `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from
     outside; sites not named execute. `masked`: run every unit and select (routers learn); else run the executing units
-    alone. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
+    alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is part
+    of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run). `after_norm[site]` finishes a site behind its post-norm.
     `unpadded`: it was learnt that every token is real.
@@ -43,6 +44,8 @@ class ForwardContext:
     cache: RoutedCache | None
     masked: bool
     grad: bool
+    choosing: bool = False
+    penalised: bool = True
     token_mask: Tensor | None = None
     pool_mask: Tensor | None = None
     padding_unknown: bool = False
@@ -107,6 +110,7 @@ _current: ContextVar[ForwardContext | None] = ContextVar("dynadepth_forward", de
 _disabled: ContextVar[tuple[Any, ...]] = ContextVar("dynadepth_disabled", default=())
 _injected: ContextVar[Mapping[int, Mapping[Site, Injection]]] = ContextVar("dynadepth_injected", default={})  # noqa: B039
 _prompted: ContextVar[Mapping[int, int]] = ContextVar("dynadepth_prompted", default={})  # noqa: B039
+_choosing: ContextVar[tuple[Any, ...]] = ContextVar("dynadepth_choosing", default=())
 
 
 def current() -> ForwardContext | None:
@@ -167,6 +171,21 @@ def prompting(owner: Any, length: int) -> Iterator[None]:
 def prompted(owner: Any) -> int | None:
     """The prompt's length where a forward may bring more than the prompt; None where all of it may be pooled."""
     return _prompted.get().get(id(owner))
+
+
+@contextmanager
+def choosing(owner: Any) -> Iterator[None]:
+    """Lets the tokens of a sequence compete in evaluation, too, in this thread."""
+    token = _choosing.set((*_choosing.get(), owner))
+    try:
+        yield
+    finally:
+        _choosing.reset(token)
+
+
+def is_choosing(owner: Any) -> bool:
+    """Do tokens of this routing compete outside training, in this thread?"""
+    return any(entry is owner for entry in _choosing.get())
 
 
 def carrying_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

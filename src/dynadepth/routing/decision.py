@@ -54,11 +54,17 @@ class RoutingDecision:
 
     `execute`: bool, `[B]` or `[B, T]`. `logits`: float32 of the same shape, None where nothing was computed (an
     injected or sticky decision). `gate`: float32, exactly 0 or 1 with a gradient to the logits; only while training.
+    `weight`: float32 of the same shape, with gradient: the factor of what executing units contribute; None: 1.
+    Where tokens of a sequence compete (see `expert_choice`), `top` says which of them win, and `causal` which ones
+    the logits alone would let execute, as in generation; None elsewhere.
     """
 
     execute: Tensor
     logits: Tensor | None = None
     gate: Tensor | None = None
+    weight: Tensor | None = None
+    top: Tensor | None = None
+    causal: Tensor | None = None
 
 
 @dataclass(frozen=True)

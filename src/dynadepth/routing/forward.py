@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from dynadepth.errors import UnsupportedCacheError
+from dynadepth.errors import ConfigError, UnsupportedCacheError
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.context import (
     ForwardContext,
@@ -23,6 +23,7 @@ from dynadepth.routing.context import (
     current,
     entered,
     injections,
+    is_choosing,
     is_disabled,
     prompted,
     prompting,
@@ -159,7 +160,11 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     experts = kwargs.get("output_router_logits")
     experts = getattr(text_config, "output_router_logits", False) if experts is None else experts
     training = cache_ is None and model.training
-    masked = (training and routing.learns) or (cache_ is None and bool(experts and routing.target.runs_mlp))
+    choosing = routing.chooses and (training or is_choosing(routing))
+    if choosing:
+        _refuse_choosing(cache_, experts)
+    masked = choosing or (training and routing.learns)
+    masked = masked or (cache_ is None and bool(experts and routing.target.runs_mlp))
     if training or masked:
         kwargs["use_cache"] = False
     elif cache_ is None and (getattr(text_config, "use_cache", False) if use_cache is None else use_cache):
@@ -190,6 +195,8 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         cache=cache_,
         masked=masked,
         grad=masked and torch.is_grad_enabled(),
+        choosing=choosing,
+        penalised=training or not choosing,
         token_mask=token_mask,
         pool_mask=pool_mask,
         padding_unknown=mask is not None and token_mask is None and prompt_mask is None,
@@ -197,6 +204,20 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         injected=injections(routing),
         whole=frozenset() if prefill or masked or attentions or not routing.granularity.sticky else book.whole,
     )
+
+
+def _refuse_choosing(cache_: Any, experts: Any) -> None:
+    """Raises for what a forward whose tokens compete within their sequence cannot have."""
+    if cache_ is not None:
+        raise UnsupportedCacheError(
+            "The choice of a sequence's best tokens needs the whole sequence at once, and a cache brings it in parts: "
+            "pass none, or leave `expert_choice` to decide causally, as generate does."
+        )
+    if experts:
+        raise ConfigError(
+            "output_router_logits=True asks for the mixture's own balance loss, which wants every token in every layer "
+            "while Mixture-of-Depths runs some: turn it off, and use method 'mode' with its own balance loss."
+        )
 
 
 def _pool_mask(
@@ -245,7 +266,7 @@ def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: d
     if context.attention_fixes and getattr(outputs, "attentions", None) is not None:
         outputs["attentions"] = _whole_attentions(context, outputs.attentions)
     loss = None
-    if context.masked:
+    if context.masked and context.penalised:
         loss = routing.config.depth_loss(trace, _row_weights(trace, kwargs))
         if loss is not None and getattr(outputs, "loss", None) is not None:
             outputs["loss"] = outputs.loss + loss.to(outputs.loss.dtype)

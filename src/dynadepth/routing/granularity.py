@@ -16,6 +16,7 @@ from dynadepth.errors import ConfigError
 from dynadepth.routing.call import SublayerCall
 from dynadepth.routing.context import ForwardContext, Injection
 from dynadepth.routing.decision import RoutingDecision
+from dynadepth.routing.expert_choice import ChoosingRouter
 from dynadepth.routing.registry import named_subclass
 
 if TYPE_CHECKING:
@@ -52,9 +53,13 @@ class Granularity(ABC):
                     "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: "
                     "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            if hidden.requires_grad and not context.grad:
+            if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
                 hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
-            decision = state.router.decide(self.pool(hidden, context), with_gate=context.masked and context.grad)
+            pooled = self.pool(hidden, context)
+            if context.choosing and isinstance(state.router, ChoosingRouter):
+                decision = state.router.choose(pooled, context.token_mask, context.trace.decisions.get(state.site))
+            else:
+                decision = state.router.decide(pooled, with_gate=context.masked and context.grad)
         context.trace.record(state.site, decision)
         return decision
 
@@ -157,17 +162,24 @@ class PerToken(Granularity):
         return _as_bool(value, hidden, (hidden.shape[0], hidden.shape[1]))
 
     def masked(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        from dynadepth.routing.expert_choice import run_top
         from dynadepth.routing.token_kv import hide_skipped
 
         decision = self.decide(state, call.hidden, context)
+        if decision.top is not None:  # what wins, or reaches a threshold, runs alone in training, too
+            if decision.execute is decision.top:
+                return run_top(state, call, context, decision)
+            return self._run(state, call, decision, context)
         if state.target.keeps_kv and state.kv_policy == "drop":
             call = hide_skipped(call, decision.execute, state)
         return state.select(call, call(), decision, (*call.hidden.shape[:2], 1), context)
 
     def sparse(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+        return self._run(state, call, self.decide(state, call.hidden, context), context)
+
+    def _run(self, state: SublayerState, call: SublayerCall, decision: RoutingDecision, context: ForwardContext) -> Any:
         from dynadepth.routing.token_kv import run_tokens
 
-        decision = self.decide(state, call.hidden, context)
         execute = decision.execute
         padding = None if context.token_mask is None else ~context.token_mask
         if padding is not None:
@@ -176,21 +188,23 @@ class PerToken(Granularity):
         # The site's one host transfer: how many tokens of each row execute, and whether any real token skips.
         *counts, whole = torch.cat([execute.sum(1), everything.all().long().unsqueeze(0)]).tolist()
         if whole:
-            return self._run_whole(state, call, context)
+            return self._run_whole(state, call, context, decision.weight)
         if not state.target.keeps_kv:
             return self._run_flat(state, call, execute, sum(counts), context)
-        return run_tokens(state, call, context, execute, counts)
+        return run_tokens(state, call, context, execute, counts, decision.weight)
 
-    def _run_whole(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
+    def _run_whole(
+        self, state: SublayerState, call: SublayerCall, context: ForwardContext, weight: Tensor | None
+    ) -> Any:
         """Every real token executes: the base module's own call, unless earlier tokens left holes to be masked."""
         from dynadepth.routing.token_kv import has_holes, run_tokens
 
         if state.target.keeps_kv and has_holes(state, context):
             batch, length = call.hidden.shape[:2]
             execute = torch.ones(batch, length, dtype=torch.bool, device=call.hidden.device)
-            return run_tokens(state, call, context, execute, [length] * batch)
+            return run_tokens(state, call, context, execute, [length] * batch, weight)
         state.pass_by(call.hidden, context)
-        return state.run_all(call, context)
+        return state.run_all(call, context, weight)
 
     def _run_flat(
         self, state: SublayerState, call: SublayerCall, execute: Tensor, count: int, context: ForwardContext

@@ -32,6 +32,10 @@ class AbstractRouter(nn.Module, ABC):
     def forward(self, hidden: Tensor) -> Tensor:
         """Float32 `[..., D]` to float32 logits `[...]`."""
 
+    def judge(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits, and the factor of what executing units contribute (None: 1), both float32 `[...]`."""
+        return self(hidden), None
+
     def gate(self, logits: Tensor, execute: Tensor) -> Tensor:
         """The training-time gate of the decisions: hard 0 or 1, with the gradient of sigmoid(logit - threshold)."""
         return straight_through(torch.sigmoid(logits - self.threshold), execute)
@@ -41,9 +45,9 @@ class AbstractRouter(nn.Module, ABC):
         if torch.is_autocast_enabled(hidden.device.type):
             with torch.autocast(device_type=hidden.device.type, enabled=False):
                 return self.decide(hidden, with_gate)
-        logits = self(hidden)
+        logits, weight = self.judge(hidden)
         execute = logits >= self.threshold
-        return RoutingDecision(execute, logits, self.gate(logits, execute) if with_gate else None)
+        return RoutingDecision(execute, logits, self.gate(logits, execute) if with_gate else None, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follow the model to its device, but never to its dtype.

@@ -73,11 +73,15 @@ class SublayerState:
 
     # ---- the three ways to carry out a decision
 
-    def run_all(self, call: SublayerCall, context: ForwardContext) -> Any:
-        """Every unit executes: the base module's own call, bit for bit."""
+    def run_all(self, call: SublayerCall, context: ForwardContext, weight: Tensor | None = None) -> Any:
+        """Every unit executes: the base module's own call, bit for bit, unless what it contributes has a weight."""
         if self.wants_weights(context) and self.target.name == "block":
             context.attention_fixes[self.site.layer] = _unchanged
-        return call()
+        result = call()
+        if weight is None:
+            return result
+        output = self.target.weighted(call.hidden, self.hidden_of(result), weight)
+        return output if self.extras is None else (output, *result[1:])
 
     def skip_all(self, call: SublayerCall, context: ForwardContext) -> Any:
         """No unit executes: no kernel of the base module runs."""
@@ -130,6 +134,8 @@ class SublayerState:
     ) -> Any:
         """The masked path: the module's output where the gate is 1, the skip path's where it is 0."""
         hidden, output = call.hidden, self.hidden_of(result)
+        if decision.weight is not None:
+            output = self.target.weighted(hidden, output, decision.weight)
         skipped = self.target.skipped(hidden, self.contribution(hidden, context))
 
         def mix(output: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class Target(ABC):
         """What skipped units return that contribute nothing, as a tensor of its own into which others are written."""
         return torch.zeros_like(hidden)
 
+    def weighted(self, hidden: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        """The module's output `[n, t, D]` for the input `hidden`, with what it contributes multiplied by `weight`
+        (float32 `[n, t]`), in float32 where the model's dtype is shorter."""
+        return (output * weight.unsqueeze(-1)).to(output.dtype)
+
     def attention(self, layer: nn.Module, spec: Any) -> nn.Module | None:
         """The attention module whose keys and values this target writes."""
         return getattr(layer, spec.attention) if self.keeps_kv else None
@@ -75,6 +80,9 @@ class BlockTarget(Target):
 
     def canvas(self, hidden: Tensor) -> Tensor:
         return hidden.clone()
+
+    def weighted(self, hidden: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        return (hidden + weight.unsqueeze(-1) * (output - hidden)).to(output.dtype)
 
 
 def target_named(name: str) -> Target:

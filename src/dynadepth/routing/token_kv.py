@@ -39,7 +39,7 @@ def has_holes(state: SublayerState, context: ForwardContext) -> bool:
     return store is not None and store.holes
 
 
-def _check_mask(mask: Tensor | None) -> None:
+def check_mask(mask: Tensor | None) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         raise ConfigError(
             "Token granularity needs 4-D attention masks: load the model with attn_implementation='sdpa' or 'eager', "
@@ -47,7 +47,7 @@ def _check_mask(mask: Tensor | None) -> None:
         )
 
 
-def _causal(state: SublayerState, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def causal_mask(state: SublayerState, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Mask `[n, 1, t, K]` for query positions `[n, t]` and key positions `[n or 1, K]`, -1 where there is no key."""
     allowed = ((key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]).unsqueeze(1)
     return allowed if state.config._attn_implementation != "eager" else _additive(allowed, hidden.dtype)
@@ -60,13 +60,13 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def hide_skipped(call: SublayerCall, execute: Tensor, state: SublayerState) -> SublayerCall:
     """The whole call of the masked path with the keys of skipped tokens hidden from every token but themselves."""
     mask, hidden = call.attention_mask, call.hidden
-    _check_mask(mask)
+    check_mask(mask)
     length = hidden.shape[1]
     itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
     visible = (execute[:, None, :] | itself).unsqueeze(1)
     if mask is None:
         positions = torch.arange(length, device=hidden.device).unsqueeze(0)
-        mask = _causal(state, hidden, positions, positions)
+        mask = causal_mask(state, hidden, positions, positions)
     if mask.dtype == torch.bool:
         mask = mask & visible
     else:
@@ -129,11 +129,19 @@ class TokenKV:
 
 
 def run_tokens(
-    state: SublayerState, call: SublayerCall, context: ForwardContext, execute: Tensor, counts: list[int]
+    state: SublayerState,
+    call: SublayerCall,
+    context: ForwardContext,
+    execute: Tensor,
+    counts: list[int],
+    weight: Tensor | None = None,
 ) -> Any:
-    """Runs the base module for the tokens `execute` (`[B, T]`, `counts` per row on the host) and skips the others."""
+    """Runs the base module for the tokens `execute` (`[B, T]`, `counts` per row on the host) and skips the others.
+
+    `weight`: float32 `[B, T]`, the factor of what the executing ones contribute; None: 1.
+    """
     hidden, mask = call.hidden, call.attention_mask
-    _check_mask(mask)
+    check_mask(mask)
     batch, length = hidden.shape[:2]
     device = hidden.device
     order = torch.argsort(execute.to(torch.int8), dim=1, descending=True, stable=True)  # executing tokens first
@@ -166,16 +174,35 @@ def run_tokens(
     else:
         key_positions = torch.arange(context.past + length, device=device).unsqueeze(0)
     if mask is None:
-        gathered = _causal(state, hidden, query, key_positions)
+        gathered = causal_mask(state, hidden, query, key_positions)
     else:
         gathered = mask.expand(batch, -1, -1, -1).transpose(1, 2)[rows[:, None], index].transpose(1, 2)  # [n, 1, t, K]
         if state.kv_policy == "drop":
-            gathered = _gather_keys(gathered, key_positions, state, context, length)
+            gathered = gather_keys(gathered, key_positions, state, context, length)
     result = call.tokens(rows, index, gathered).with_cache(kv)()
+    return put_back(state, call, context, execute, result, rows, index, valid, key_positions, weight)
 
-    output = state.target.canvas(hidden)
+
+def put_back(
+    state: SublayerState,
+    call: SublayerCall,
+    context: ForwardContext,
+    execute: Tensor,
+    result: Any,
+    rows: Tensor,
+    index: Tensor,
+    valid: Tensor,
+    key_positions: Tensor,
+    weight: Tensor | None,
+) -> Any:
+    """What the module returned for tokens `index` of `rows` (of which `valid` were to execute) as its output for all
+    tokens."""
+    hidden = call.hidden
+    output, executed = state.target.canvas(hidden), state.hidden_of(result)
     fill = output[rows[:, None], index]
-    output[rows[:, None], index] = torch.where(valid.unsqueeze(-1), state.hidden_of(result).to(output.dtype), fill)
+    if weight is not None:
+        executed = state.target.weighted(hidden[rows[:, None], index], executed, weight[rows[:, None], index])
+    output[rows[:, None], index] = torch.where(valid.unsqueeze(-1), executed.to(output.dtype), fill)
     contribution = state.contribution(hidden, context)
     if contribution is not None:
         output = state.blend(output, state.target.skipped(hidden, contribution), execute, context)
@@ -189,7 +216,7 @@ def _project(state: SublayerState, call: SublayerCall, rows: Tensor, index: Tens
     return state.project(part.hidden, part.kwargs.get("position_embeddings"))
 
 
-def _gather_keys(mask: Tensor, positions: Tensor, state: SublayerState, context: ForwardContext, length: int) -> Tensor:
+def gather_keys(mask: Tensor, positions: Tensor, state: SublayerState, context: ForwardContext, length: int) -> Tensor:
     """Columns of a mask `[n, 1, t, K]` at stored key positions `[n, S]`; what has left a sliding window is hidden."""
     offset = 0 if context.cache is None else context.cache.get_mask_sizes(length, state.site.layer)[1]
     columns = positions - offset
