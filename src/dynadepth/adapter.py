@@ -47,16 +47,21 @@ def identity(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, Any]:
     return {"name": name, **shape, "fingerprint": digest.hexdigest()[:16]}
 
 
-def check_identity(directory: Path, made_for: dict[str, Any], model: dict[str, Any], strict: bool) -> None:
-    """Raises AdapterError naming both models where they differ in shape, or (`strict`) in weights."""
+def check_identity(
+    directory: Path, made_for: dict[str, Any], model: dict[str, Any], strict: bool, trains_base: bool
+) -> None:
+    """Raises AdapterError naming both models where they differ in shape, or (`strict`) in weights. `trains_base`: the
+    routers' method changed the weights, too."""
     names = f"The routers in {directory} were made for {made_for.get('name')!r}, not for {model['name']!r}"
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         if made_for.get(key) != model[key]:
             raise AdapterError(f"{names}: {key} is {made_for.get(key)!r} there and {model[key]!r} here.")
     if strict and made_for.get("fingerprint") != model["fingerprint"]:
+        together = "This method is trained together with its base: load the one that save_pretrained wrote then. "
         raise AdapterError(
             f"{names}: the fingerprint of the weights is {made_for.get('fingerprint')} there and "
-            f"{model['fingerprint']} here; load(..., strict=False) accepts other weights of the same shape."
+            f"{model['fingerprint']} here. {together if trains_base else ''}load(..., strict=False) accepts other "
+            "weights of the same shape."
         )
 
 

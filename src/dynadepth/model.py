@@ -46,9 +46,10 @@ def attach(model: M, config: DepthConfig) -> M:
     """Routes a pretrained model in place and returns it.
 
     The backbone is frozen (a PeftModel keeps its own choice of trainable parameters, and a method that trains the base
-    leaves it as it is); the new routers are trainable, float32. PEFT freezes whatever it wraps, routers too: to train both, attach to the PeftModel. Parameter names do not
-    change. Raises UnsupportedModelError where the probe finds that the model cannot be routed as asked (it is left as
-    it was), ConfigError for a layer that does not exist or a model that is already routed.
+    leaves it as it is); the new routers are trainable, float32. PEFT freezes whatever it wraps, routers too: to train
+    both, attach to the PeftModel. Parameter names do not change. Raises UnsupportedModelError where the probe finds
+    that the model cannot be routed as asked (it is left as it was), ConfigError for a layer that does not exist or a
+    model that is already routed.
     """
     base = unwrapped(model)
     if is_attached(base):
@@ -353,6 +354,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     """Writes `routing_config.json` and `routers.safetensors`, atomically; returns the directory.
 
     A LoRA beside the routers goes into the same folder in PEFT's own files.
+    Of a method that trains the base, too, this is the smaller part: `model.save_pretrained(folder)` writes the base,
+    and `load` wants a model that was read from there.
     """
     routing = routing_of(model)
     data = {
@@ -378,8 +381,10 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
     data, tensors = adapter.read(directory)
     lora = adapter.read_lora(directory, data)
     base = unwrapped(model)
-    adapter.check_identity(directory, data["base_model"], adapter.identity(base, decoder_layers(base)), strict)
-    attach(model, config_from_dict(data["config"]))
+    config = config_from_dict(data["config"])
+    found = adapter.identity(base, decoder_layers(base))
+    adapter.check_identity(directory, data["base_model"], found, strict, config.trains_base)
+    attach(model, config)
     routing = routing_of(model)
     try:
         routing.load_tensors(tensors)

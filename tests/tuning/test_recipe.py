@@ -82,3 +82,8 @@ def test_method_settings_are_checked_when_the_method_is_built():
         Recipe(**{**GOOD, "method": {"method": "mindskip", "capacitty": 1}}).config()
     with pytest.raises(ConfigError, match=r"'mindskp'.*Did you mean 'mindskip'"):
         Recipe(**{**GOOD, "method": {"method": "mindskp"}}).config()
+
+
+def test_a_method_that_trains_the_base_is_not_tuned() -> None:
+    with pytest.raises(ConfigError, match="'mod' is trained together with the whole model"):
+        load_recipe("mindskip-paper").for_method("mod").config()

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths: blocks that run a fixed share of each sequence's tokens (arXiv 2404.02258), trained with the model.
+"""Mixture-of-Depths (arXiv 2404.02258): blocks that run a fixed share of each sequence's tokens.
 
 A router scores each token with one vector, r = w·x. In training the k tokens of the highest scores in each row go
 through the block, x + r·f(x), and the others pass it by; these are absent as keys and values of that block (section
@@ -119,11 +119,10 @@ class MoDConfig(DepthConfig):
 def top_loss(trace: RoutingTrace) -> Tensor | None:
     """How well the causal logits tell the best k, float32 `[B]`: the mean over real tokens and sites of the binary
     cross-entropy, in nats; None where nothing learns it."""
-    learning = [d for d in trace.decisions.values() if d.top is not None and d.logits is not None]
     losses = [
         F.binary_cross_entropy_with_logits(d.logits, d.top.float(), reduction="none")
-        for d in learning
-        if d.logits is not None and d.top is not None and d.logits.requires_grad
+        for d in trace.decisions.values()
+        if d.top is not None and d.logits is not None and d.logits.requires_grad
     ]
     return _mean(losses, trace.token_mask)
 
@@ -131,7 +130,8 @@ def top_loss(trace: RoutingTrace) -> Tensor | None:
 def agreement(trace: RoutingTrace) -> Tensor | None:
     """Share of the real tokens and sites at which the causal decision is that of the best k, float32 `[B]` (the paper's
     predictor accuracy); None in a forward that did not choose the best k."""
-    same = [(d.top == d.causal).float() for d in trace.decisions.values() if d.top is not None]
+    choices = [(d.top, d.causal) for d in trace.decisions.values()]
+    same = [torch.eq(top, causal).float() for top, causal in choices if top is not None and causal is not None]
     return _mean(same, trace.token_mask)
 
 

@@ -31,8 +31,8 @@ class ForwardContext:
     `token_mask`, `pool_mask`: bool `[B, T]` or None (all tokens): real tokens, and those a sequence-level router may
     see. `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from
     outside; sites not named execute. `masked`: run every unit and select (routers learn); else run the executing units
-    alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is part
-    of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
+    alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is a
+    part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run). `after_norm[site]` finishes a site behind its post-norm.
     `unpadded`: it was learnt that every token is real.

@@ -125,6 +125,12 @@ class Recipe:
     def config(self, **overrides: Any) -> DepthConfig:
         """The method's configuration, with the overrides that are not None. Raises ConfigError where other settings
         contradict it."""
+        method = str(self.method.get("method", ""))
+        if method_named(method).trains_base:
+            raise ConfigError(
+                f"Method {method!r} is trained together with the whole model, and tuning keeps the model frozen: "
+                "train it with `dynadepth pretrain`, or attach it before a training of your own."
+            )
         config = config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
         if isinstance(config, StaticConfig):
             self._check_static(config)
