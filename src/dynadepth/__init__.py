@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynadepth.benchmark.speedup import set_speedup
-    from dynadepth.methods import DepthConfig, MindSkipConfig, MoDConfig, StaticConfig
+    from dynadepth.methods import (
+        DepthConfig,
+        IntegratedMoDEConfig,
+        MindSkipConfig,
+        MoDConfig,
+        StagedMoDEConfig,
+        StaticConfig,
+    )
     from dynadepth.model import attach, detach, disabled, expert_choice, fixed_routes, load, save, set_budget
     from dynadepth.routed import is_attached, routing_of
     from dynadepth.routing.decision import KeepRatio, Site
@@ -13,7 +20,9 @@ if TYPE_CHECKING:
 _WHERE = {
     "DepthConfig": "methods",
     "MindSkipConfig": "methods",
+    "IntegratedMoDEConfig": "methods",
     "MoDConfig": "methods",
+    "StagedMoDEConfig": "methods",
     "StaticConfig": "methods",
     "KeepRatio": "routing.decision",
     "Site": "routing.decision",
@@ -33,10 +42,12 @@ _WHERE = {
 
 __all__ = [
     "DepthConfig",
+    "IntegratedMoDEConfig",
     "KeepRatio",
     "MindSkipConfig",
     "MoDConfig",
     "Site",
+    "StagedMoDEConfig",
     "StaticConfig",
     "attach",
     "detach",

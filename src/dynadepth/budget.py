@@ -17,7 +17,7 @@ from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of
 from dynadepth.architectures.probe import quietly
 from dynadepth.errors import BudgetError
 from dynadepth.methods.static import skip_count
-from dynadepth.model import disabled, set_threshold
+from dynadepth.model import check_adjustable, disabled, set_threshold
 from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
 from dynadepth.routing.decision import Site
@@ -158,6 +158,7 @@ def check_prompts(model: nn.Module, batches: Batches, shares: int) -> None:
     """Raises BudgetError where the prompts are fewer than `units_needed`, so that the quantiles of some shares would be
     the same."""
     routing = routing_of(model)
+    check_adjustable(routing)
     by_sequence = routing.granularity.sticky
     units = sum(len(b["input_ids"]) if by_sequence else int(b["attention_mask"].sum()) for b in batches)
     needed = units_needed(routing, shares)

@@ -26,8 +26,8 @@ from dynadepth.routing.decision import Site
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.skip_path import AbstractSkipPath
 
-PARTS = {"attention": ("attention",), "mlp": ("mlp",), "block": ("attention", "mlp")}
-"""The sublayers of each target."""
+PARTS = {"attention": ("attention",), "mlp": ("mlp",), "block": ("attention", "mlp"), "expert": ("experts",)}
+"""The sublayers of each target; `experts` are those inside an MLP, without their gate."""
 
 
 class Share(NamedTuple):
@@ -85,8 +85,8 @@ class SublayerCost:
 
 
 def sublayer_costs(model: PreTrainedModel, adapted: bool = False) -> list[dict[str, SublayerCost]]:
-    """`"attention"` and `"mlp"` of every decoder layer, in order; routers and skip paths are not in them, a LoRA beside
-    the routers if `adapted` (one that is the user's own always is)."""
+    """`"attention"` and `"mlp"` of every decoder layer, in order, and `"experts"`, those inside the latter; routers
+    and skip paths are not in them, a LoRA beside the routers if `adapted` (one that is the user's own always is)."""
     spec, config = spec_for(model), model.config.get_text_config(decoder=True)
     cache: list[Any] = DynamicCache(config=config).layers  # knows each layer's window
     costs = []
@@ -94,7 +94,10 @@ def sublayer_costs(model: PreTrainedModel, adapted: bool = False) -> list[dict[s
         attention, held = getattr(layer, spec.attention), cache[index]
         window = held.sliding_window if getattr(held, "is_sliding", False) else None
         mlp = SublayerCost(_weights(getattr(layer, spec.mlp), config, adapted=adapted))
-        costs.append({"attention": _attention_cost(attention, config, window, adapted), "mlp": mlp})
+        experts = getattr(getattr(layer, spec.mlp), "experts", None)
+        inside = SublayerCost(0 if experts is None else _weights(experts, config, adapted=adapted))
+        attended = _attention_cost(attention, config, window, adapted)
+        costs.append({"attention": attended, "mlp": mlp, "experts": inside})
     return costs
 
 
@@ -120,7 +123,7 @@ def router_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
     A router's products with a single weight vector count too (PyTorch's counter has no formula for those).
     """
     routing = routing_of(model)
-    decisions = tokens if routing.config.granularity == "token" else int(past == 0)
+    decisions = int(past == 0) if routing.granularity.sticky else tokens
     return 2 * decisions * sum(p.numel() for r in routing.routers().values() for p in r.parameters() if p.dim())
 
 
@@ -137,7 +140,7 @@ def flops_share(
     config = routing.config
     by_token, project = config.granularity == "token", config.kv_policy == "project"
     parts = PARTS[config.target]
-    dense = {part: sum(cost[part].flops(tokens, past) for cost in costs) for part in ("attention", "mlp")}
+    dense = {part: sum(cost[part].flops(tokens, past) for cost in costs) for part in ("attention", "mlp", "experts")}
     dense_target = sum(dense[part] for part in parts)
     added = {part: sum(cost[part].flops(tokens, past) for cost in own) - dense[part] for part in dense}  # by the LoRA
 
@@ -150,8 +153,8 @@ def flops_share(
         path = routing.states[site].skip_path
         taken = 1.0 if by_token else 1.0 - share  # by token it follows every token, so that each may take it
         saved -= taken * 2 * tokens * _weights(path, config, skip_own=False)
-    dense_model = sum(dense.values()) + head_flops(model, scored)
-    elsewhere = sum(added[part] for part in added if part not in parts)
+    dense_model = dense["attention"] + dense["mlp"] + head_flops(model, scored)
+    elsewhere = added["attention"] + added["mlp"] - sum(added[part] for part in parts)
     return Share(1.0 - saved / dense_target, 1.0 - (saved - elsewhere) / dense_model)
 
 

@@ -24,6 +24,7 @@ from dynadepth.routed import Routing, is_attached, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration
 from dynadepth.routing.context import Injection, carrying_context, choosing, disabling, injecting
 from dynadepth.routing.decision import Site
+from dynadepth.routing.experts import ExpertTarget, GateState, WatchedGate, gate_of, inspect_gate
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import granularity_named
 from dynadepth.routing.router import AbstractRouter
@@ -59,9 +60,17 @@ def attach(model: M, config: DepthConfig) -> M:
     routing = _plan(base, config, spec, len(layers))
     modules = [routing.target.module(layers[site.layer], spec) for site in routing.sites]
     indices = [site.layer for site in routing.sites]
+    if config.watches_experts:
+        mlps = {index: getattr(layer, spec.mlp, None) for index, layer in enumerate(layers)}
+        routing.gates = {index: gate for index, mlp in mlps.items() if mlp is not None and (gate := gate_of(mlp))}
+        if not routing.gates:
+            raise UnsupportedModelError(
+                f"{type(base).__name__} has no mixture of experts, for which method {config.name!r} is: use 'mod'."
+            )
     with probing.quietly(base):
         attentions = [getattr(layers[i], spec.attention) for i in indices]
-        bare = probing.observe(base, [*modules, *(m for m in attentions if m not in modules)])
+        watched = dict.fromkeys([*modules, *attentions, *routing.gates.values()])
+        bare = probing.observe(base, list(watched))
         probing.check_zero_is_identity(base, spec, indices)
         device_dtype = next(base.parameters())
         for site, module, attention in zip(routing.sites, modules, attentions, strict=True):
@@ -84,6 +93,8 @@ def attach(model: M, config: DepthConfig) -> M:
                 is_block = module is not attention
                 state.project = probing.kv_projector(base, spec, bare, site.layer, attention, is_block)
             routing.states[site] = state
+        normalised = {index: inspect_gate(gate, bare.outputs[gate]) for index, gate in routing.gates.items()}
+    _watch(routing, normalised)
     _install(base, routing, modules, freeze=base is model and not config.trains_base)
     try:
         with probing.quietly(base), injecting(routing, {}):
@@ -92,6 +103,14 @@ def attach(model: M, config: DepthConfig) -> M:
         detach(model)
         raise
     return model
+
+
+def _watch(routing: Routing, normalised: Mapping[int, bool]) -> None:
+    experts = {site.layer for site in routing.sites if site.target == ExpertTarget.name}
+    for layer, gate in routing.gates.items():
+        state = GateState(routing, layer, layer in experts, normalised[layer])
+        gate.depth_state = state  # type: ignore[assignment]  # a module takes any attribute
+        swap_class(gate, WatchedGate)
 
 
 def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
@@ -210,6 +229,9 @@ def detach(model: M) -> M:
             restore_class(norm, RoutedNorm)
             del norm.depth_state
         del module.depth_state
+    for gate in routing.gates.values():
+        restore_class(gate, WatchedGate)
+        del gate.depth_state
     head = base.get_output_embeddings()
     if head is not None:
         for key in [key for key, hook in head._forward_pre_hooks.items() if hook is folded_input]:
@@ -313,7 +335,13 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
 
 
 def check_adjustable(routing: Routing) -> None:
-    """Raises BudgetError for a static route without an order, which no budget changes."""
+    """Raises BudgetError for routers without thresholds, and for a static route without an order: no budget changes
+    them."""
+    if not routing.config.has_thresholds:
+        raise BudgetError(
+            f"What routers of method {routing.config.name!r} execute is learnt, and no threshold changes it: train "
+            "with other settings instead of setting a budget."
+        )
     if routing.is_static and routing.config.at_budget(1.0, routing.n_layers) is None:
         raise BudgetError(
             f"A {routing.config.name} route is what it is: attach one with another skip instead of setting a budget, "

@@ -44,6 +44,8 @@ class Routing:
     speedup: dict[str, Any] | None = None
     """The speed-up that this budget was solved from, and how; None where the budget itself was asked for."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    gates: dict[int, nn.Module] = field(default_factory=dict)
+    """By layer, the gates of mixtures of experts that are watched."""
     trainable_before: tuple[str, ...] = ()
     input_grads: bool = False
     """Were gradients of the embeddings asked for (by gradient checkpointing)? They come back at `detach`."""

@@ -3,6 +3,15 @@
 from dynadepth.methods.config import DepthConfig, config_from_dict
 from dynadepth.methods.mindskip import MindSkipConfig
 from dynadepth.methods.mod import MoDConfig
+from dynadepth.methods.mode import IntegratedMoDEConfig, StagedMoDEConfig
 from dynadepth.methods.static import StaticConfig
 
-__all__ = ["DepthConfig", "MindSkipConfig", "MoDConfig", "StaticConfig", "config_from_dict"]
+__all__ = [
+    "DepthConfig",
+    "IntegratedMoDEConfig",
+    "MindSkipConfig",
+    "MoDConfig",
+    "StagedMoDEConfig",
+    "StaticConfig",
+    "config_from_dict",
+]

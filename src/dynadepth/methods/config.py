@@ -36,6 +36,10 @@ class DepthConfig(ABC):
     name: ClassVar[str]
     trains_base: ClassVar[bool] = False
     """Is the base model trained with the routers? Else it is frozen."""
+    watches_experts: ClassVar[bool] = False
+    """Does it want to know what the gates of mixtures of experts assign?"""
+    has_thresholds: ClassVar[bool] = True
+    """Do thresholds on its routers' logits say how much executes, so that budgets can be set?"""
 
     target: str = "attention"
     """`attention`, `mlp` or `block`."""
@@ -51,8 +55,12 @@ class DepthConfig(ABC):
     """Rank of a `linear` skip path, at most the hidden size; without effect on others."""
 
     def __post_init__(self) -> None:
-        target_named(self.target)
-        granularity_named(self.granularity)
+        for setting, found in (
+            ("target", target_named(self.target)),
+            ("granularity", granularity_named(self.granularity)),
+        ):
+            if not found.general and getattr(type(self), setting) != found.name:
+                raise ConfigError(f"Method {self.name!r} has no {setting} {found.name!r}.")
         if self.kv_policy not in KV_POLICIES:
             raise ConfigError(f"kv_policy must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}.")
         skip_path_named(self.skip_path)

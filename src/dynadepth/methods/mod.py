@@ -15,6 +15,7 @@ which the best k are a threshold that varies little.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import ClassVar
@@ -34,14 +35,14 @@ WEIGHTINGS = ("linear", "sigmoid")
 
 
 @dataclass(frozen=True)
-class MoDConfig(DepthConfig):
-    """Defaults are the paper's: an eighth of the tokens, every other block, the first one dense, raw linear weights.
+class DepthChoiceConfig(DepthConfig):
+    """Settings of the methods that route all but the best k tokens of a sequence around blocks. Defaults are the
+    paper's: an eighth of the tokens, every other block, the first one dense, raw linear weights.
 
     Attach before training: the base model is not frozen. The unit of the capacity is a row of the batch, packed or not
     (the paper's sequences of 2,048 tokens); attention keeps to the documents of a packed row as in the bare model.
     """
 
-    name = "mod"
     trains_base: ClassVar[bool] = True
 
     target: str = "block"
@@ -111,9 +112,23 @@ class MoDConfig(DepthConfig):
             hidden_size, self.capacity, self.weighting, self.unit_input, width, self.routing == "threshold"
         )
 
-    def depth_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None:
+    @abstractmethod
+    def depth_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None: ...
+
+    def sampling_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None:
+        """The weighted cross-entropy of one forward, float32 scalar."""
         loss = top_loss(trace)
         return None if loss is None else self.aux_weight * (loss * weights).sum()
+
+
+@dataclass(frozen=True)
+class MoDConfig(DepthChoiceConfig):
+    """Mixture-of-Depths as in the paper; of a mixture of experts, see `mode-staged`."""
+
+    name = "mod"
+
+    def depth_loss(self, trace: RoutingTrace, weights: Tensor) -> Tensor | None:
+        return self.sampling_loss(trace, weights)
 
 
 def top_loss(trace: RoutingTrace) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dynadepth.routing.decision import RoutingTrace, Site
+from dynadepth.routing.decision import Assignments, RoutingTrace, Site
 from dynadepth.routing.routes import RouteBook
 from dynadepth.routing.skip_path import Memory, Reality
 
@@ -35,7 +35,8 @@ class ForwardContext:
     part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run). `after_norm[site]` finishes a site behind its post-norm.
-    `unpadded`: it was learnt that every token is real.
+    `unpadded`: it was learnt that every token is real. `gates[layer]`: what the gate of a mixture chose just now.
+    `running[layer]`: of the tokens gathered for a routed block, which ones execute (bool), for its gate.
     """
 
     owner: Any
@@ -55,6 +56,8 @@ class ForwardContext:
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
     after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)
     unpadded: bool = False
+    gates: dict[int, Assignments] = field(default_factory=dict)
+    running: dict[int, Tensor] = field(default_factory=dict)
     _reality: Reality | None = None
 
     def given(self, site: Site) -> Injection | None:

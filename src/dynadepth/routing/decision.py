@@ -2,12 +2,12 @@
 (`RoutingTrace`).
 
 Shape suffixes: B sequences of a batch, T tokens of this forward. A *unit* is what one decision is about: a sequence
-(decisions `[B]`) or a token (`[B, T]`).
+(decisions `[B]`), a token (`[B, T]`) or an assignment of a token to an expert (`[B, T, k]`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,44 @@ class RoutingDecision:
 
 
 @dataclass(frozen=True)
+class Assignments:
+    """Which experts one gate gave to N tokens in one forward, k each, of C: `experts` that compute, and behind them
+    no-ops. Tokens routed around the layer are not among them."""
+
+    logits: Tensor
+    """float32 `[N, experts]`: the gate's own."""
+    probabilities: Tensor
+    """float32 `[N, C]`, with gradient."""
+    index: Tensor
+    """int64 `[N, k]`: the chosen ones, below C."""
+    experts: int
+    normalised: bool
+    """Do the weights of a token's experts sum to one?"""
+    real: Tensor | None = None
+    """bool `[N]`: what is no padding; None: everything."""
+
+    def chosen(self, probabilities: Tensor, index: Tensor) -> Assignments:
+        """With another choice, among more."""
+        return replace(self, probabilities=probabilities, index=index)
+
+    def counts(self) -> Tensor:
+        """Real tokens' assignments to each, float32 `[C]`."""
+        weights = torch.ones_like(self.index, dtype=torch.float32)
+        if self.real is not None:
+            weights = weights * self.real.unsqueeze(1)
+        counts = weights.new_zeros(self.probabilities.shape[1])
+        return counts.index_add(0, self.index.flatten(), weights.flatten())
+
+    def balance(self) -> Tensor:
+        """C · Σ share of the assignments × mean probability: float32 scalar, 1 where all are alike, at most C (arXiv
+        2101.03961, Eq. 4 to 6)."""
+        counts = self.counts()
+        real = torch.ones_like(self.index[:, 0]) if self.real is None else self.real
+        probability = (self.probabilities * real.unsqueeze(1)).sum(0) / real.sum().clamp(min=1)
+        return len(counts) * (counts / counts.sum().clamp(min=1) * probability).sum()
+
+
+@dataclass(frozen=True)
 class KeepRatio:
     """Executed (unit, site) pairs over all pairs: of the routed sites, and of all sublayers of the target in the
     model."""
@@ -91,6 +129,8 @@ class RoutingTrace:
     token_mask: Tensor | None = None
     prefill: bool = True
     decisions: dict[Site, RoutingDecision] = field(default_factory=dict)
+    assignments: dict[int, Assignments] = field(default_factory=dict)
+    """By layer, where a method watches the gates of mixtures of experts."""
     routes: dict[Site, list[bool]] = field(default_factory=dict)
     fresh: list[bool] | None = None
 
@@ -98,6 +138,10 @@ class RoutingTrace:
         """Keeps the first decision of a site: gradient checkpointing replays layers, and a replay is not a new
         decision."""
         self.decisions.setdefault(site, decision)
+
+    def assign(self, layer: int, assignments: Assignments) -> None:
+        """Keeps the first assignments of a layer, as `record` does."""
+        self.assignments.setdefault(layer, assignments)
 
     @property
     def logits(self) -> dict[Site, Tensor]:

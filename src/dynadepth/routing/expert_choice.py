@@ -63,6 +63,8 @@ class ChoosingRouter(AbstractRouter):
     logits let through, and the winners are only what these learn from.
     """
 
+    weighs = True
+
     def __init__(self, capacity: float, by_threshold: bool) -> None:
         super().__init__()
         self.capacity, self.by_threshold = capacity, by_threshold
@@ -133,5 +135,6 @@ def run_top(state: SublayerState, call: SublayerCall, context: ForwardContext, d
     if gathered is not None and gathered.dtype == torch.bool:
         # What is not used must see something: a softmax over nothing has no gradient but nan.
         gathered = gathered | torch.eye(index.shape[1], dtype=torch.bool, device=hidden.device)
+    context.running[state.site.layer] = valid
     result = call.tokens(rows, index, gathered)()
     return put_back(state, call, context, execute, result, rows, index, valid, keys, decision.weight)

@@ -27,6 +27,8 @@ class Granularity(ABC):
     """Carries out one routed sublayer's call. Stateless: what must be remembered is in the context or in the cache."""
 
     name: ClassVar[str]
+    general: ClassVar[bool] = True
+    """May any method decide so? Else those alone that have it as their default."""
     sticky: ClassVar[bool]
     """Is a decision made once a sequence and then kept?"""
 
@@ -48,11 +50,7 @@ class Granularity(ABC):
         if known is not None:
             decision = RoutingDecision(self.expand(known, hidden))
         else:
-            if context.masked and context.grad and not torch.is_grad_enabled():
-                raise ConfigError(
-                    "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: "
-                    "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
+            refuse_reentrant(context)
             if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
                 hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
             pooled = self.pool(hidden, context)
@@ -70,6 +68,15 @@ class Granularity(ABC):
     @abstractmethod
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
         """A given decision (one bool, or one per unit) as a bool tensor of this granularity's shape."""
+
+
+def refuse_reentrant(context: ForwardContext) -> None:
+    """Raises where a router that learns would have no gradient."""
+    if context.masked and context.grad and not torch.is_grad_enabled():
+        raise ConfigError(
+            "Reentrant gradient checkpointing runs the layers without gradients, so no router could learn: "
+            "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
 
 
 def _as_bool(value: Injection, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:

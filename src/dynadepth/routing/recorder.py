@@ -30,6 +30,7 @@ class Recorder:
         self._generations: dict[int, tuple[Any, int]] = {}
         self._n_layers = 0
         self._by_token = by_token
+        self._assigned: dict[int, tuple[Tensor, int]] = {}  # layer -> assignments [C], how many of the C are experts
         self._tokens: dict[int, list[Tensor]] = {}  # generation -> share of the sites, float32 [B, T] a forward
 
     def add(self, trace: RoutingTrace, generation: Any) -> None:
@@ -46,12 +47,19 @@ class Recorder:
             if site in trace.routes:
                 continue
             execute = decision.execute.float()
+            if execute.dim() == 3:  # assignments to experts: a token's share of its own
+                execute = execute.mean(-1)
             units = torch.ones_like(execute)
             if execute.dim() == 2:
                 if trace.token_mask is not None:
                     units = trace.token_mask.float()
                 execute, units = (execute * units).sum(1), units.sum(1)
             self._count(counts, site, execute, units)
+        for layer, assignments in trace.assignments.items():
+            counts_C = assignments.counts().detach()
+            if layer in self._assigned:
+                counts_C = counts_C + self._assigned[layer][0]
+            self._assigned[layer] = (counts_C, assignments.experts)
         each = [d.execute.float() for d in trace.decisions.values() if d.execute.dim() == 2] if self._by_token else []
         if each:
             self._tokens.setdefault(key, []).append(torch.stack(each).mean(0))
@@ -89,6 +97,21 @@ class Recorder:
         """One entry a generation: the share of the routed sites that executed for each token that was read, padding
         included, float32 `[B, T]`. Recorded with `by_token`, at token granularity alone."""
         return [torch.cat(steps, dim=1) for steps in self._tokens.values()]
+
+    @property
+    def expert_load(self) -> dict[int, list[float]]:
+        """By layer, the share of the assignments that each expert got, no-ops behind the experts: of all tokens alike,
+        prefill and decode. Empty where no gate is watched (methods of Mixture-of-Depths-and-Experts watch them)."""
+        return {layer: (counts / counts.sum()).tolist() for layer, (counts, _) in self._assigned.items()}
+
+    @property
+    def no_op_share(self) -> float | None:
+        """Share of all assignments that went to no-op experts; None where no gate is watched."""
+        if not self._assigned:
+            return None
+        shares = self.expert_load
+        idle = [sum(shares[layer][experts:]) for layer, (_, experts) in self._assigned.items()]
+        return sum(idle) / len(idle)
 
     def site_keep(self, phase: Phase = None) -> dict[Site, float]:
         """Mean share executed per site over the sequences of a phase (`"prefill"`, `"decode"`, None: both)."""

@@ -17,12 +17,14 @@ class AbstractRouter(nn.Module, ABC):
 
     `threshold` (float32 scalar, logit space, saved with the parameters) is what a budget moves; 0 is sigmoid 0.5.
     `constant` is the decision of a router that never looks at its input, known without running it; None otherwise.
-    `asked` is False while a budget of 1 lets everything execute, which inference knows without running it.
+    `weighs`: what executes has a weight that the router gives (`judge`), so that it is always asked. `asked` is False
+    while a budget of 1 lets everything execute, which inference knows without running it.
     """
 
     threshold: Tensor
     constant: bool | None = None
     asked: bool = True
+    weighs: bool = False
 
     def __init__(self) -> None:
         super().__init__()

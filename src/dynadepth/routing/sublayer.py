@@ -58,7 +58,8 @@ class SublayerState:
         given = context.given(self.site)
         if given is not None:
             return given
-        return self.router.constant if self.router.asked or context.masked else True
+        needed = self.router.asked or self.router.weighs or context.masked
+        return self.router.constant if needed else True
 
     # ---- the form of the module's output
 

@@ -18,6 +18,8 @@ class Target(ABC):
     """One kind of routed sublayer. Stateless; `layer` is a decoder layer, `spec` names its parts."""
 
     name: ClassVar[str]
+    general: ClassVar[bool] = True
+    """May any method route it? Else those alone that have it as their default."""
     keeps_kv: ClassVar[bool]
     """Does the sublayer write keys and values?"""
     runs_mlp: ClassVar[bool] = True

@@ -179,6 +179,7 @@ def run_tokens(
         gathered = mask.expand(batch, -1, -1, -1).transpose(1, 2)[rows[:, None], index].transpose(1, 2)  # [n, 1, t, K]
         if state.kv_policy == "drop":
             gathered = gather_keys(gathered, key_positions, state, context, length)
+    context.running[state.site.layer] = valid
     result = call.tokens(rows, index, gathered).with_cache(kv)()
     return put_back(state, call, context, execute, result, rows, index, valid, key_positions, weight)
 
