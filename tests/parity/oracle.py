@@ -97,7 +97,7 @@ def _silence(execute: Tensor) -> Any:
     return hook
 
 
-def _hide(execute: Tensor) -> Any:
+def hide(execute: Tensor) -> Any:
     """A forward pre-hook that hides the keys of skipped tokens from all tokens but themselves."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ def reference(bare: Any, cell: Any, given: dict[Any, Tensor], batch: dict[str, T
             attention = attention_of(layer)
             hooks.append(attention.register_forward_hook(_silence(execute), prepend=True))
             if cell.has_policy and cell.kv_policy == "drop":
-                hooks.append(attention.register_forward_pre_hook(_hide(execute), with_kwargs=True))
+                hooks.append(attention.register_forward_pre_hook(hide(execute), with_kwargs=True))
         replaced = None
         if cell.skip_path == "linear":
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()

@@ -1,10 +1,10 @@
 """Mixture-of-Depths (arXiv 2404.02258): blocks that run a fixed share of each sequence's tokens.
 
 A router scores each token with one vector, r = w·x. In training the k tokens of the highest scores in each row go
-through the block, x + r·f(x), and the others pass it by; these are absent as keys and values of that block (section
-3.4, Eq. 1). The score multiplies the output, so that the router is on the gradient's path.
+through the block, x + r·f(x), and the others pass it by; these are absent as keys and values of that block (Eq. 1).
+The score multiplies the output, so that the router is on the gradient's path.
 
-The best k of a sequence are not known while it is being generated (section 3.5). Both remedies of the paper are here:
+The best k of a sequence are not known while it is being generated. Both remedies of the paper are here:
 `sampling="aux_loss"` trains the scores themselves to lie above 0 where a token is among the best, `"predictor"` trains
 a small network beside the router, from which no gradient reaches the model. Either loss is the binary cross-entropy.
 
@@ -49,7 +49,7 @@ class DepthChoiceConfig(DepthConfig):
     granularity: str = "token"
     kv_policy: str = "drop"
     capacity: float = 0.125
-    """Share of a row's tokens that execute in training, in (0, 1]; rounded down to whole tokens (section 4.1)."""
+    """Share of a row's tokens that execute in training, in (0, 1]; rounded down to whole tokens."""
     every: int = 2
     """Every how many blocks one is routed, from the second on: 2 is every other block, 1 all but the first."""
     routing: str = "top_k"
@@ -189,7 +189,7 @@ class DepthRouter(ChoosingRouter):
 
 
 class TopPredictor(nn.Module):
-    """Whether a token will be among the best k (section 3.5): gain·score + write·silu(read·x) + bias.
+    """Whether a token will be among the best k: gain·score + write·silu(read·x) + bias.
 
     It starts as the threshold on the score that a share `capacity` of normally distributed scores reaches. Its inputs
     have no gradient.

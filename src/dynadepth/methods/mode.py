@@ -1,4 +1,4 @@
-"""Mixture-of-Depths-and-Experts (arXiv 2404.02258, section 4.3) for models with mixtures of experts, trained with them.
+"""Mixture-of-Depths-and-Experts (arXiv 2404.02258) for models with mixtures of experts, trained with them.
 
 Staged: tokens are routed around whole blocks, before the attention, as in Mixture-of-Depths; those that stay meet the
 experts. Integrated: no-op experts stand among the experts, so that a token may be sent to nothing; the attention always

@@ -1,4 +1,4 @@
-"""Expert choice (arXiv 2404.02258, section 3): in training the tokens of a sequence compete for a number of places.
+"""Expert choice (arXiv 2404.02258): in training the tokens of a sequence compete for a number of places.
 
 Which tokens win depends on the whole sequence, later tokens included, so generation decides otherwise: by a threshold
 on logits that see one token alone (`RoutingDecision.causal`). Both are known while training, so that the second can

@@ -2,7 +2,7 @@
 
 The experts of a layer are one module, `experts(hidden, index, weights)`, called with what the gate beside it chose.
 `expert` is the target that routes it, `assignment` its granularity: no-op experts compete with the experts in the
-gate's softmax (integrated Mixture-of-Depths-and-Experts, arXiv 2404.02258, section 4.3), and an assignment to one of
+gate's softmax (integrated Mixture-of-Depths-and-Experts, arXiv 2404.02258), and an assignment to one of
 them is not computed. Each token decides for itself, so that training and generation are one path.
 
 Gates are watched, too, where a method balances its experts: what they assigned is `RoutingTrace.assignments`.
