@@ -14,7 +14,20 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynadepth
-from dynadepth import MoDConfig, Site, attach, detach, expert_choice, fixed_routes, load, recording, routing_of, save
+from dynadepth import (
+    MoDConfig,
+    Site,
+    attach,
+    detach,
+    expert_choice,
+    fixed_routes,
+    load,
+    recording,
+    routing_of,
+    save,
+    set_budget,
+)
+from dynadepth.budget import calibrate
 from dynadepth.errors import AdapterError, ConfigError, UnsupportedCacheError
 from dynadepth.methods import config_from_dict
 from dynadepth.methods.mod import agreement, top_loss
@@ -332,6 +345,32 @@ def test_every_token_executing_keeps_its_weight() -> None:
     base(input_ids=tokens)
     wanted = states["x"] + (states["x"] @ router.weight)[..., None] * (states["bare"] - states["x"])
     torch.testing.assert_close(states["y"], wanted)
+
+
+def test_budgets_move_thresholds_and_keep_weights() -> None:
+    model = mod(sampling="aux_loss")
+    batches = [{"input_ids": ids(8, 24, seed=s), "attention_mask": torch.ones(8, 24, dtype=torch.long)} for s in (1, 2)]
+    calibrate(model, batches)
+    for budget in (0.9, 0.6):
+        set_budget(model, block=budget)
+        with recording() as record:
+            model(**batches[0])
+        assert abs(record.keep_ratio().all - budget) < 0.03
+    set_budget(model, block=1.0)
+    with recording() as record:
+        everything = model(**batches[0]).logits
+    assert record.keep_ratio().routed == 1
+    assert (everything - bare()(**batches[0]).logits).abs().max() > 0.1, "the weights are not 1"
+
+
+@SAMPLING
+def test_at_a_capacity_of_one_every_token_competes_and_wins(sampling: str) -> None:
+    model = attach(bare(), MoDConfig(capacity=1.0, sampling=sampling)).train()
+    out = model(**labelled(BATCHES["left"]))
+    out.loss.backward()
+    real = BATCHES["left"]["attention_mask"].bool()
+    assert all(torch.equal(decision.execute, real) for decision in out.depth_trace.decisions.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_injected_decisions_have_weight_one() -> None:

@@ -32,6 +32,8 @@ from dynadepth.routing.expert_choice import ChoosingRouter
 ROUTINGS = ("top_k", "threshold", "stochastic")
 SAMPLINGS = ("predictor", "aux_loss")
 WEIGHTINGS = ("linear", "sigmoid")
+MOST = 0.999
+"""The highest share that a predictor starts at: the threshold of 1 is infinitely far."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class TopPredictor(nn.Module):
         self.read = nn.Parameter(torch.randn(hidden_size, width, dtype=torch.float32) / hidden_size**0.5)
         self.write = nn.Parameter(torch.zeros(width, dtype=torch.float32))
         self.gain = nn.Parameter(torch.ones((), dtype=torch.float32))
-        self.bias = nn.Parameter(torch.full((), -_quantile(capacity), dtype=torch.float32))
+        self.bias = nn.Parameter(torch.full((), -_quantile(min(capacity, MOST)), dtype=torch.float32))
 
     def forward(self, hidden: Tensor, score: Tensor) -> Tensor:
         return self.gain * score + F.silu(hidden @ self.read) @ self.write + self.bias
