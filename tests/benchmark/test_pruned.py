@@ -184,5 +184,5 @@ def test_twins_have_no_lora_of_the_routers():
 def test_bad_sites_are_refused():
     with pytest.raises(ConfigError, match=r"7\.attention does not exist.*0 to 3"):
         pruned_twin(tiny("llama"), sites("7.attention"))
-    with pytest.raises(ConfigError, match="'expert'"):
-        pruned_twin(tiny("llama"), [Site(0, "expert")])
+    with pytest.raises(ConfigError, match="'head'"):
+        pruned_twin(tiny("llama"), [Site(0, "head")])

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 import dynadepth
 from dynadepth import IntegratedMoDEConfig, Site, StagedMoDEConfig, attach, detach, fixed_routes, recording, routing_of
+from dynadepth.benchmark.pruned import pruned_twin
 from dynadepth.cost import flops_share
 from dynadepth.errors import BudgetError, ConfigError, UnsupportedModelError
 from dynadepth.methods import config_from_dict
 from dynadepth.methods.mode import balance_loss
+from dynadepth.report.info import describe_routers
 from parity.models import LAYERS, VOCABULARY, WIDTH, tiny
 from parity.test_execute_all import form
 from small import alone, ids, ragged
@@ -322,6 +324,15 @@ def test_flops_follow_the_assignments() -> None:
     assert nothing.target == pytest.approx(1 + routers / experts)
     assert half.target == pytest.approx(0.5 + routers / experts)
     assert half.model < nothing.model
+
+
+def test_the_pruned_twin_has_no_mixture_where_no_expert_runs(tmp_path: Path) -> None:
+    model, skipped = routed("olmoe", CONFIGS["integrated"]), [Site(0, "expert"), Site(2, "expert")]
+    twin = pruned_twin(model, skipped)
+    with fixed_routes(model, dict.fromkeys(skipped, False)):
+        wanted = model(**BATCHES["plain"]).logits
+    torch.testing.assert_close(twin(**BATCHES["plain"]).logits, wanted)
+    assert describe_routers(dynadepth.save(model, tmp_path))["adjustable"] is False
 
 
 # ---- refusals

@@ -126,7 +126,9 @@ def _absent_sublayers(skipped: Collection[Site], n_layers: int) -> set[tuple[int
             raise ConfigError(f"unknown target {site.target!r} in {site}: one of {', '.join(PARTS)}")
         if not 0 <= site.layer < n_layers:
             raise ConfigError(f"{site} does not exist: the model's layers are 0 to {n_layers - 1}")
-    return set(chain.from_iterable(((s.layer, part) for part in PARTS[s.target]) for s in skipped))
+    absent = set(chain.from_iterable(((s.layer, part) for part in PARTS[s.target]) for s in skipped))
+    # Where no expert runs, nothing of the mixture is needed.
+    return {(layer, "mlp" if part == "experts" else part) for layer, part in absent}
 
 
 def _what_remains(layer: nn.Module, spec: ArchitectureSpec, has_attention: bool, has_mlp: bool) -> list[nn.Module]:

@@ -73,6 +73,8 @@ def show_routers(folder: str, description: dict[str, Any]) -> None:
 
 def _budgets(description: dict[str, Any]) -> list[tuple[str, object]]:
     """The budget in force, and those at which thresholds were measured."""
+    if not description["adjustable"]:
+        return [("budgets", "none can be set: what executes is learnt")]
     budget, budgets = description["budget"], description["budgets"]
     measured = "none: only budget 1.0 can be set"
     if budgets is not None:

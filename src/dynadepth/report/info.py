@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.lora import lora_facts
 from dynadepth.methods import MindSkipConfig
+from dynadepth.methods.config import method_named
 from dynadepth.model import attach, detach
 from dynadepth.report.stamp import model_facts
 from dynadepth.routing.decision import Site
@@ -52,8 +53,13 @@ def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
 def describe_routers(directory: str | Path) -> dict[str, Any]:
     """Facts of saved routers: for which model, sites, parameters, the calibrated range of budgets, provenance.
 
+<<<<<<< HEAD
     `parameters`, `path_parameters`: numbers in routers, and in skip paths. `lora`: see `lora.lora_facts`, or None.
     `budgets`: lowest and highest share of all sublayers of the target at which thresholds were measured, or None.
+=======
+    `parameters`, `path_parameters`: numbers in routers, and in skip paths. `budgets`: lowest and highest share of all
+    sublayers of the target at which thresholds were measured, or None. `adjustable`: do thresholds say what executes?
+>>>>>>> 5de9ddb (Experts: the pruned twin, and what info says of budgets)
     """
     document, tensors = adapter.read(Path(directory))
     lora = adapter.read_lora(Path(directory), document)
@@ -75,9 +81,17 @@ def describe_routers(directory: str | Path) -> dict[str, Any]:
         "lora": None if lora is None else lora_facts(*lora),
         "budget": document.get("budget"),
         "budgets": budgets,
+        "adjustable": _has_thresholds(document["config"]),
         "calibrated_on": (document.get("calibration") or {}).get("n_sequences"),
         "provenance": document.get("provenance") or {},
     }
+
+
+def _has_thresholds(config: dict[str, Any]) -> bool:
+    try:
+        return method_named(str(config.get("method"))).has_thresholds
+    except ConfigError:  # a method that this version does not know may be described all the same
+        return True
 
 
 def _is_path(name: str) -> bool:
