@@ -161,6 +161,7 @@ def test_saved_and_loaded(tmp_path: Path, family: str) -> None:
     again = load(bare(family), tmp_path)
     assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
     assert torch.equal(again.generate(**BATCH, **OPTIONS), model.generate(**BATCH, **OPTIONS))
+    assert all(parameter.requires_grad for _, parameter in routing_of(again).lora.named_parameters())
     assert routing_of(again).lora.facts() == {"rank": 2, "alpha": 4, "modules": sorted(EVERY), "parameters": 1856}
 
 

@@ -226,6 +226,7 @@ def read_config(data: Mapping[str, Any]) -> Any:
     config = _peft().PeftConfig.from_peft_type(**data)
     if getattr(config, "r", None) is None or not config.target_modules:
         raise ValueError(f"{CONFIG} describes no LoRA")
+    config.inference_mode = False  # trainable, as loaded routers are
     return config
 
 
