@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from dynadepth.errors import DataError, did_you_mean
+from dynadepth.errors import DataError
+from dynadepth.records import TABLE_SUFFIXES, Row, is_table, read_lines, read_rows
 
-TABLE_SUFFIXES = (".jsonl", ".jsonl.gz")
-"""How the name of a file with one JSON object a line ends."""
-
-Row = dict[str, Any]
-
-
-def is_table(path: str | Path) -> bool:
-    """Whether the file's name says JSON Lines."""
-    return str(path).endswith(TABLE_SUFFIXES)
+__all__ = ["TABLE_SUFFIXES", "Row", "is_table", "read_rows", "read_text", "stem", "with_window"]
 
 
 def stem(path: str | Path) -> str:
@@ -29,27 +17,6 @@ def stem(path: str | Path) -> str:
         if name.endswith(suffix):
             return name[: -len(suffix)]
     return name
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """The objects of a `.jsonl` or `.jsonl.gz` file in their order; blank lines are skipped.
-
-    Raises `DataError` where the file is missing, unreadable, empty, or holds something else than an object at a line.
-    """
-    rows: list[Row] = []
-    for number, line in enumerate(_lines(Path(path)), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON at line {number}: {error.msg}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path} holds no JSON object at line {number} but {line.strip()[:40]!r}.")
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{path} is empty: it needs one JSON object a line.")
-    return rows
 
 
 def with_window(name: str | Path) -> tuple[Path, int | None]:
@@ -72,7 +39,7 @@ def read_text(name: str | Path) -> str:
     """
     path, _ = with_window(name)
     if not is_table(path):
-        text = "".join(_lines(Path(path)))
+        text = "".join(read_lines(Path(path)))
     else:
         rows = read_rows(path)
         for number, row in enumerate(rows, start=1):
@@ -84,20 +51,3 @@ def read_text(name: str | Path) -> str:
     if not text.strip():
         raise DataError(f"{path} is empty: there is no text to score.")
     return text
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ())
-        raise DataError(f"There is no file {path}.{near}")
-    try:
-        if path.name.endswith(".gz"):
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as packed:
-                yield from packed
-        else:
-            with path.open(encoding="utf-8", newline="") as plain:
-                yield from plain
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three: bad header, cut short, damaged inside
-        raise DataError(f"{path} could not be read: {error}.") from error

@@ -16,12 +16,12 @@ from typing import Any
 
 from dynadepth.budget import in_order
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.frontier.settings import difference
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import StaticConfig
 from dynadepth.methods.static import skip_count
 from dynadepth.model import attach, detach, load
 from dynadepth.provenance import provenance
+from dynadepth.recipes import difference
 from dynadepth.removal import Damage, GreedySearch, alone
 from dynadepth.report.cells import FORMAT, SCORES, plain, read_json, write_json
 from dynadepth.routing.decision import Site

@@ -20,9 +20,10 @@ from dynadepth.evaluation.comparison import against
 from dynadepth.frontier.makers import Budget
 from dynadepth.frontier.rows import ROWS, Row, chosen
 from dynadepth.frontier.scoring import blend, measured, timed
-from dynadepth.frontier.settings import Settings, difference
+from dynadepth.frontier.settings import Settings
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.provenance import provenance
+from dynadepth.recipes import difference
 from dynadepth.report.cells import (
     DENSE,
     FORMAT,

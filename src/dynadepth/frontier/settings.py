@@ -91,18 +91,6 @@ def source_facts(source: str) -> dict[str, Any]:
     return {"name": path.name, "sha256": _digest(path.read_bytes())} if path.is_file() else {"name": source}
 
 
-def difference(made: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> str | None:
-    """The first setting in which two differ, in words; None where they are the same."""
-    for key in {**made, **wanted}:
-        a, b = made.get(key), wanted.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if inner := difference(a, b, f"{where}{key}: "):
-                return inner
-        elif a != b:
-            return f"{where}{key} is {_short(a)} there and {_short(b)} here"
-    return None
-
-
 def parse_data(texts: list[str], known: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     """`["self", "mindskip-paper=alpaca.jsonl"]` as the source of all methods and those of single ones."""
     common: str | None = None
@@ -133,11 +121,6 @@ def parse_budgets(text: str) -> tuple[float, ...]:
                 f"{' A method without calibration keeps its own budget by itself.' if part.strip() == OWN else ''}"
             ) from None
     return tuple(dict.fromkeys(budgets))
-
-
-def _short(value: Any) -> str:
-    text = "not set" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _digest(blob: bytes) -> str:

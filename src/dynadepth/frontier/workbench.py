@@ -17,9 +17,10 @@ from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.budget import Batches, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError, NewerFormatError
-from dynadepth.frontier.settings import Settings, difference, source_facts
+from dynadepth.frontier.settings import Settings, source_facts
 from dynadepth.methods import StaticConfig
 from dynadepth.model import attach, detach
+from dynadepth.recipes import difference
 from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import is_attached, routing_of

@@ -11,15 +11,15 @@ can be shown and says what cannot.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynadepth.adapter import atomically
-from dynadepth.errors import ConfigError, DataError
-from dynadepth.provenance import finite
+from dynadepth.errors import DataError
+from dynadepth.records import plain, read_json, write_json
+
+__all__ = ["CELLS", "DENSE", "FORMAT", "OWN", "ROUTERS", "SCORES", "SUMMARY", "Cell", "Findings", "budget_label",
+           "cell_name", "cell_path", "plain", "read_cell", "read_folder", "read_json", "write_json"]  # fmt: skip
 
 FORMAT = 1
 CELLS, SUMMARY, ROUTERS, SCORES = "cells", "frontier.json", "routers", "scores"
@@ -65,16 +65,6 @@ def read_cell(path: Path) -> Cell:
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise DataError(f"{path} is damaged: its figures cannot be read ({error!r}).") from error
     return document
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes a whole file or none. Numbers that JSON does not have become null."""
-    text = json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 @dataclass
@@ -142,22 +132,3 @@ def read_folder(folder: Path) -> Findings:
         found.problems.append("There is no dense cell: differences from the dense model are left out.")
     found.model = found.model or next(iter(next(iter(found.cells.values())).values())).get("model")
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's object. Raises `DataError` for one that is missing or damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}.") from error
-    if not isinstance(document, dict):
-        raise DataError(f"{path} is damaged: it holds no object.")
-    return document
-
-
-def plain(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document as it is read back: tuples become lists, keys texts."""
-    result: dict[str, Any] = json.loads(json.dumps(finite(document)))
-    return result

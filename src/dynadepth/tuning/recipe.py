@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dynadepth.errors import ConfigError, did_you_mean
+from dynadepth.errors import ConfigError
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig, StaticConfig, config_from_dict
 from dynadepth.methods.config import method_named
+from dynadepth.recipes import checked, known_recipes, read_recipe, recipe_folder
+
+__all__ = ["DEFAULT", "Recipe", "known_recipes", "load_recipe", "recipe_folder", "recipe_from_dict"]
 
 DEFAULT = "default"
 
@@ -179,56 +181,11 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def recipe_folder() -> Path:
-    """The packaged recipes, or those of the checkout in an editable install."""
-    packaged = Path(str(resources.files("dynadepth"))) / "recipes"
-    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
-
-
-def known_recipes() -> list[str]:
-    """Names accepted by `load_recipe`."""
-    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
-
-
 def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     """A recipe by name or from a YAML file. Unknown names and settings are errors that name the near ones."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError("Recipes need pyyaml: pip install 'dynadepth[train]'.") from error
-
-    path = Path(name_or_path)
-    if not path.is_file():
-        path = recipe_folder() / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = known_recipes()
-        raise ConfigError(
-            f"There is no recipe {str(name_or_path)!r}; known: {', '.join(known)}, or a YAML file."
-            f"{did_you_mean(str(name_or_path), known)}"
-        )
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no settings.")
-    return recipe_from_dict(data, str(path))
+    return recipe_from_dict(*read_recipe(name_or_path))
 
 
 def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """A recipe from its settings, each checked for name and type."""
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
-    types = {"int": int, "float": (int, float), "str": str, "bool": bool, "float | None": (int, float, type(None)),
-             "dict[str, Any]": dict, "tuple[str, ...]": (list, tuple),
-             "tuple[float, ...]": (list, tuple)}  # fmt: skip
-    for key, value in data.items():
-        if key not in fields:
-            raise ConfigError(f"{where} has an unknown setting {key!r}.{did_you_mean(key, fields)}")
-        kind = types[str(fields[key].type)]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
-            raise ConfigError(f"{where}: {key} must be {fields[key].type}, not {value!r}.")
-    missing = [name for name in ("name", "source", "method") if name not in data]
-    if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return Recipe(**values)
+    return Recipe(**checked(Recipe, data, where))

@@ -1,0 +1,92 @@
+"""Records on disk: JSON documents written whole or not at all, JSON Lines tables and plain text, gzipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dynadepth.adapter import atomically
+from dynadepth.errors import ConfigError, DataError, did_you_mean
+from dynadepth.provenance import finite
+
+TABLE_SUFFIXES = (".jsonl", ".jsonl.gz")
+"""How the name of a file with one JSON object a line ends."""
+
+Row = dict[str, Any]
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether the file's name says JSON Lines."""
+    return str(path).endswith(TABLE_SUFFIXES)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a whole file or none. Numbers that JSON does not have become null."""
+    text = json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's object. Raises `DataError` for one that is missing or damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} is damaged: it holds no object.")
+    return document
+
+
+def plain(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document as it is read back: tuples become lists, keys texts."""
+    result: dict[str, Any] = json.loads(json.dumps(finite(document)))
+    return result
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The objects of a `.jsonl` or `.jsonl.gz` file in their order; blank lines are skipped.
+
+    Raises `DataError` where the file is missing, unreadable, empty, or holds something else than an object at a line.
+    """
+    rows: list[Row] = []
+    for number, line in enumerate(read_lines(Path(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON at line {number}: {error.msg}.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path} holds no JSON object at line {number} but {line.strip()[:40]!r}.")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} is empty: it needs one JSON object a line.")
+    return rows
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, gzipped where the name ends in `.gz`. Raises `DataError` as `read_rows` does."""
+    if not path.is_file():
+        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ())
+        raise DataError(f"There is no file {path}.{near}")
+    try:
+        if path.name.endswith(".gz"):
+            with gzip.open(path, "rt", encoding="utf-8", newline="") as packed:
+                yield from packed
+        else:
+            with path.open(encoding="utf-8", newline="") as plain:
+                yield from plain
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three: bad header, cut short, damaged inside
+        raise DataError(f"{path} could not be read: {error}.") from error
