@@ -21,7 +21,7 @@ from dynadepth.methods import StaticConfig
 from dynadepth.methods.static import skip_count
 from dynadepth.model import attach, detach, load
 from dynadepth.provenance import provenance
-from dynadepth.recipes import difference
+from dynadepth.recipe_files import difference
 from dynadepth.removal import Damage, GreedySearch, alone
 from dynadepth.report.cells import FORMAT, SCORES, plain, read_json, write_json
 from dynadepth.routing.decision import Site

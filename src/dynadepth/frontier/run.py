@@ -23,7 +23,7 @@ from dynadepth.frontier.scoring import blend, measured, timed
 from dynadepth.frontier.settings import Settings
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.provenance import provenance
-from dynadepth.recipes import difference
+from dynadepth.recipe_files import difference
 from dynadepth.report.cells import (
     DENSE,
     FORMAT,

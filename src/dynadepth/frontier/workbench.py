@@ -20,7 +20,7 @@ from dynadepth.errors import AdapterError, ConfigError, DataError, NewerFormatEr
 from dynadepth.frontier.settings import Settings, source_facts
 from dynadepth.methods import StaticConfig
 from dynadepth.model import attach, detach
-from dynadepth.recipes import difference
+from dynadepth.recipe_files import difference
 from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import is_attached, routing_of

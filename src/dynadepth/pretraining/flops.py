@@ -3,8 +3,7 @@
 A matrix product's backward is two products of its size, one for its input's gradient and one for its weights': three
 forwards in all. That holds for every product of the model (the first layer's input has a gradient, too, since
 embeddings learn), head included. A router's matrices read states that no gradient goes back to, so there it is two.
-Where tokens compete (Mixture-of-Depths), training runs the winners of each row alone: k queries with k keys. Routers
-that train on a mask run every token, whatever they decide, and cost what they run.
+Where tokens compete (Mixture-of-Depths), training runs the winners of each row alone: k queries with k keys.
 
 Gradient checkpointing replays each layer's forward, which is not counted: it buys memory, not learning.
 """
@@ -12,7 +11,6 @@ Gradient checkpointing replays each layer's forward, which is not counted: it bu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -32,11 +30,14 @@ class FlopMeter:
         self.layers = [list(parts.values()) for parts in sublayer_costs(model)]
         self.head = head_flops(model)
         self.router_forward, self.router_training = _router_flops(model)
-        self.routed = is_attached(model)
 
     def forward(self, rows: int, tokens: int, executed: Executed | None = None) -> int:
         """FLOPs of one forward of `rows` sequences of `tokens` tokens, logits of all of them."""
         return rows * tokens * (self.head + self.router_forward) + self._blocks(rows, tokens, executed or {})
+
+    def dense(self, tokens: int) -> int:
+        """FLOPs of one sequence's forward, were every block run for every token and no router asked."""
+        return tokens * self.head + self._blocks(1, tokens, {})
 
     def training(self, rows: int, tokens: int, executed: Executed | None = None) -> int:
         """FLOPs of one forward and backward."""
@@ -55,14 +56,9 @@ class FlopMeter:
         return total
 
 
-def executed_of(trace: RoutingTrace | None, training: bool) -> dict[Site, torch.Tensor]:
-    """What each routed block of a forward ran. `training`: sites that only mask run every token and are left out."""
-    decisions: dict[Site, Any] = {} if trace is None else dict(trace.decisions)
-    return {
-        site: decision.execute.sum(1)
-        for site, decision in decisions.items()
-        if decision.execute.dim() == 2 and not (training and decision.top is None)
-    }
+def executed_of(trace: RoutingTrace | None) -> dict[Site, torch.Tensor]:
+    """How many tokens of each row each routed block ran in a forward."""
+    return {} if trace is None else {site: d.execute.sum(1) for site, d in trace.decisions.items()}
 
 
 def _of_rows(part: SublayerCost, counts: torch.Tensor) -> int:

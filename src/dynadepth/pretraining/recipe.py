@@ -9,7 +9,7 @@ from typing import Any
 
 from dynadepth.errors import ConfigError
 from dynadepth.methods import DepthConfig, config_from_dict
-from dynadepth.recipes import at_least, checked, read_recipe
+from dynadepth.recipe_files import at_least, checked, read_recipe
 
 BYTES, BPE = "bytes", "bpe"
 
@@ -60,16 +60,16 @@ class PretrainRecipe:
     evaluations: int = 4
     """Times that the validation loss is measured, the last at the end."""
     checkpoints: int = 8
-    """Checkpoints to resume from, evenly spaced; the last two are kept."""
+    """Checkpoints to resume from, evenly spaced, of which the last two are kept; 0: none."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.tokenizer not in (BYTES, BPE):
             raise ConfigError(f"tokenizer must be {BYTES} or {BPE}, not {self.tokenizer!r}.")
-        names = ("batch_size", "gradient_accumulation", "evaluations", "checkpoints", "validation_tokens")
+        names = ("batch_size", "gradient_accumulation", "evaluations", "validation_tokens")
         at_least(self, 1, names)
         at_least(self, 2, ("sequence_length",))
-        at_least(self, 0, ("weight_decay", "gradient_clip", "seed"))
+        at_least(self, 0, ("weight_decay", "gradient_clip", "checkpoints", "seed"))
         if self.tokenizer == BPE and self.vocab_size < 258:
             raise ConfigError(f"vocab_size must be at least 258 (all bytes, the end of a text, one merge), not "
                               f"{self.vocab_size}; or set tokenizer to bytes.")  # fmt: skip

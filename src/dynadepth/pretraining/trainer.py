@@ -3,6 +3,7 @@ first loss that is no number."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -78,8 +79,8 @@ class PretrainTrainer(Trainer):
         """Adds up what this micro-batch did; raises TuningError where its loss is no number."""
         own = getattr(outputs, "depth_loss", None)
         language = outputs.loss.detach() - (0.0 if own is None else own.detach())
-        executed = executed_of(getattr(outputs, "depth_trace", None), training=True)
-        flops = self.meter.training(*ids.shape, executed)
+        executed = executed_of(getattr(outputs, "depth_trace", None))
+        flops = self.meter.training(ids.shape[0], ids.shape[1], executed)
         mean, whole = language.double(), torch.tensor(float(flops), dtype=torch.float64, device=ids.device)
         if self.args.world_size > 1:
             mean = self.accelerator.reduce(mean, "mean")
@@ -105,7 +106,7 @@ class PretrainTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        assert self.train_dataset is not None
+        assert isinstance(self.train_dataset, Windows)
         return SequentialSampler(self.train_dataset)  # `Windows` are in their order already
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -137,7 +138,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 class Watcher(TrainerCallback):
     """Tells of steps, evaluates on the way, marks checkpoints as complete, and stops between two steps on Ctrl-C."""
 
-    def __init__(self, progress: Progress | None, evaluate_at: dict[int, int], evaluate: Callable[[], dict[str, Any]]):
+    def __init__(self, progress: Progress | None, evaluate_at: set[int], evaluate: Callable[[], dict[str, Any]]):
         self.progress, self.evaluate_at, self.evaluate = progress, evaluate_at, evaluate
         self.history: list[dict[str, Any]] = []
         """Validation losses on the way: `step` and what `evaluate` gives."""
@@ -154,6 +155,14 @@ class Watcher(TrainerCallback):
             self.progress("train", step, state.max_steps, {"loss": sum(recent) / len(recent)})
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A bad gradient is met before it is in the weights, so that no checkpoint holds it."""
+        assert self.trainer is not None
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise TuningError(f"The gradient became {norm} at step {state.global_step + 1}.")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None

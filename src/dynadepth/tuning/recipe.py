@@ -11,7 +11,7 @@ from dynadepth.errors import ConfigError
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig, StaticConfig, config_from_dict
 from dynadepth.methods.config import method_named
-from dynadepth.recipes import checked, known_recipes, read_recipe, recipe_folder
+from dynadepth.recipe_files import checked, known_recipes, read_recipe, recipe_folder
 
 __all__ = ["DEFAULT", "Recipe", "known_recipes", "load_recipe", "recipe_folder", "recipe_from_dict"]
 
