@@ -4,8 +4,8 @@ A matrix product's backward is two products of its size, one for its input's gra
 forwards in all. That holds for every product of the model (the first layer's input has a gradient, too, since
 embeddings learn), head included. A router's matrices read states that no gradient goes back to, so there it is two.
 Where tokens compete (Mixture-of-Depths), training runs the winners of each row alone: k queries with k keys.
-
-Gradient checkpointing replays each layer's forward, which is not counted: it buys memory, not learning.
+Rows that run different numbers of tokens (threshold routing) are padded to the longest when they run: that is not
+counted, for another kernel would not do it.
 """
 
 from __future__ import annotations

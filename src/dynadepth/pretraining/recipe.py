@@ -49,7 +49,6 @@ class PretrainRecipe:
     gradient_clip: float = 1.0
     bf16: bool = False
     """Matrix products in bfloat16 (autocast), weights and optimiser in float32."""
-    gradient_checkpointing: bool = False
     holdout: float = 0.05
     """Share of the text, its end, that validates where no text is marked or given for that."""
     validation_ids: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback
@@ -141,8 +142,6 @@ def build(recipe: PretrainRecipe, corpus: Corpus) -> PreTrainedModel:
                 "train the model itself are pretrained: mod."
             )
         attach(model, config)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -177,7 +176,7 @@ def _fresh(recipe: PretrainRecipe, corpus: Corpus) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             model(torch.zeros(1, 2, dtype=torch.long))
-    except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"No model can be made of {recipe.model} ({reason}).") from error
     return model
