@@ -50,7 +50,8 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Train a small model on plain text, dense or with Mixture-of-Depths, within a FLOP budget.
 
-    `accelerate launch --cpu --num_processes 2 -m dynadepth pretrain ...` shares every batch among processes.
+    `accelerate launch --multi_gpu --num_processes 2 -m dynadepth pretrain ...` shares every batch among processes, on
+    CPUs too (that flag is what starts several).
     """
 
     def interrupted() -> str:
@@ -136,8 +137,9 @@ def show(recipe: PretrainRecipe, result: PretrainResult, folder: Path) -> None:
     console.print(grid)
     forward, dense = result.plan["forward_per_token"], result.plan["dense_forward_per_token"]
     console.print(
-        f"{result.flops:.4g} FLOPs on {result.tokens:,} tokens ({result.epochs:.2f} times the text), {result.parameters:,} "
-        f"parameters; a forward costs {forward:.4g} FLOPs a token, {percent(forward / dense)} of all blocks' for all tokens."
+        f"{result.flops:.4g} FLOPs on {result.tokens:,} tokens ({result.epochs:.2f} times the text), "
+        f"{result.parameters:,} parameters; a forward costs {forward:.4g} FLOPs a token, {percent(forward / dense)} of "
+        "running every block for every token."
     )
     model = folder / "model"
     words_ = ["dynadepth", "generate", str(model), "--prompt", "Once upon a time"]

@@ -67,9 +67,7 @@ def prepare(
     recipe: PretrainRecipe, files: Sequence[Path], valid: Sequence[Path], folder: Path, tell: Tell = lambda line: None
 ) -> Corpus:
     """The corpus of these files, made in `folder` or found there. Raises DataError for files without usable text."""
-    if not files:
-        raise ConfigError("Pretraining needs text: give --data FILE (.txt, .jsonl, .jsonl.gz), once or several times.")
-    facts = _facts(recipe, files, valid)
+    facts = facts_of(recipe, files, valid)
     made = folder / "corpus.json"
     if not made.is_file() or read_json(made).get("made_of") != facts:
         _make(recipe, files, valid, folder, facts, tell)
@@ -104,7 +102,10 @@ def documents(path: Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{path} is empty: there is no text to train on.")
 
 
-def _facts(recipe: PretrainRecipe, files: Sequence[Path], valid: Sequence[Path]) -> dict[str, Any]:
+def facts_of(recipe: PretrainRecipe, files: Sequence[Path], valid: Sequence[Path]) -> dict[str, Any]:
+    """What a corpus depends on: settings, and the files' digests. Raises DataError for a file that is not there."""
+    if not files:
+        raise ConfigError("Pretraining needs text: give --data FILE (.txt, .jsonl, .jsonl.gz), once or several times.")
     names = ("start", "tokenizer", "vocab_size", "holdout", "validation_ids")
     settings = {name: getattr(recipe, name) for name in names}
     settings["validation_ids"] = list(recipe.validation_ids)

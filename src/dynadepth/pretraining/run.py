@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dynadepth.errors import ConfigError, DataError, TuningError, did_you_mean
 from dynadepth.model import attach, save
-from dynadepth.pretraining.corpus import Corpus, prepare
+from dynadepth.pretraining.corpus import Corpus, facts_of, prepare
 from dynadepth.pretraining.flops import FlopMeter, executed_of
 from dynadepth.pretraining.recipe import PretrainRecipe
 from dynadepth.pretraining.scoring import losses
@@ -106,18 +106,13 @@ def pretrain(
     budget = recipe.flops if flops is None else flops
     if not 0 < budget < float("inf"):
         raise ConfigError(f"flops must be a number above 0, not {budget}.")
-    before = _earlier(out, resume) if state.is_main_process else None
-    with state.main_process_first():
-        tell = _teller(progress)
-        corpus = prepare(recipe, files, valid, out / CORPUS, tell)
-    wanted = plain({"recipe": recipe.to_dict(), "flops": budget, "corpus": corpus.facts})
-    if before is not None:
-        if differs := difference(before.get("settings", {}), wanted):
-            raise ConfigError(
-                f"{out} was begun with other settings ({differs}): give another --out, or those settings again."
-            )
-        if before.get("result"):
-            return PretrainResult(**before["result"])
+    wanted = plain({"recipe": recipe.to_dict(), "flops": budget, "corpus": facts_of(recipe, files, valid)})
+    if state.is_main_process:
+        _check_earlier(out, resume, wanted)
+    with state.main_process_first():  # one makes the corpus, the others find it
+        corpus = prepare(recipe, files, valid, out / CORPUS, _teller(progress))
+        if (out / RUN).exists() and (finished := read_json(out / RUN).get("result")):
+            return PretrainResult(**finished)
     corpus.check_size(recipe.sequence_length, recipe.batch_size)
     model = build(recipe, corpus)
     plan = planned(model, recipe, corpus, budget)
@@ -299,18 +294,21 @@ def _rescue(model: PreTrainedModel, corpus: Corpus, out: Path) -> str:
     return f"The model of step {step} is in {out / MODEL}. {advice}; `start: {out / MODEL}` goes on from there."
 
 
-def _earlier(out: Path, resume: bool) -> dict[str, Any] | None:
-    """What `out` holds of an earlier run. Raises ConfigError where that is not to be gone on with."""
+def _check_earlier(out: Path, resume: bool, wanted: dict[str, Any]) -> None:
+    """Raises ConfigError where `out` holds a run that is not to be gone on with."""
     path = out / RUN
     if not path.exists():
-        return None
+        return
     try:
-        document = read_json(path)
+        before = read_json(path)
     except DataError as error:
         raise ConfigError(f"{error} Give another --out, or remove {out} to begin again.") from error
     if not resume:
         raise ConfigError(f"{out} holds a run already: --resume goes on with it, or give another --out.")
-    return document
+    if differs := difference(before.get("settings", {}), wanted):
+        raise ConfigError(
+            f"{out} was begun with other settings ({differs}): give another --out, or those settings again."
+        )
 
 
 def _arguments(recipe: PretrainRecipe, plan: Plan, out: Path) -> TrainingArguments:
