@@ -15,6 +15,7 @@ from dynadepth.cli.eval import evaluate
 from dynadepth.cli.frontier import frontier
 from dynadepth.cli.generate import generate
 from dynadepth.cli.info import info
+from dynadepth.cli.isoflop import isoflop
 from dynadepth.cli.pretrain import pretrain
 from dynadepth.cli.report import report
 from dynadepth.cli.session import one_line_warnings
@@ -50,6 +51,7 @@ app.command("info")(info)
 app.command("frontier")(frontier)
 app.command("report")(report)
 app.command("pretrain")(pretrain)
+app.command("isoflop")(isoflop)
 
 
 def main() -> None:

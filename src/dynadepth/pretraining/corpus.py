@@ -71,10 +71,18 @@ def prepare(
     made = folder / "corpus.json"
     if not made.is_file() or read_json(made).get("made_of") != facts:
         _make(recipe, files, valid, folder, facts, tell)
+    return load(folder, recipe.start)
+
+
+def load(folder: Path, start: str = "") -> Corpus:
+    """The corpus that was made in a folder; `start` as in its recipe. Raises DataError where there is none."""
+    if not (folder / "corpus.json").is_file():
+        raise DataError(f"{folder} holds no corpus: give the text with --data FILE.")
     from transformers import AutoTokenizer
 
+    facts = read_json(folder / "corpus.json")["made_of"]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "valid", "bytes")}
-    tokenizer = AutoTokenizer.from_pretrained(recipe.start or folder)
+    tokenizer = AutoTokenizer.from_pretrained(start or folder)
     return Corpus(arrays["train"], arrays["valid"], tokenizer, np.array(arrays["bytes"]), facts)
 
 

@@ -6,9 +6,11 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dynadepth.errors import DynadepthError
+from dynadepth.adapter import atomically
+from dynadepth.errors import ConfigError, DynadepthError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,6 +125,26 @@ def inline(figure: Figure, name: str, description: str, colours: Mapping[str, st
     for key, colour in colours.items():
         svg = svg.replace(colour, f"var(--{key})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description, quote=True)}"', 1)
+
+
+def write(folder: Path, name: str, figure: Figure) -> list[Path]:
+    """Writes a figure as SVG and PNG into `folder`, on white; returns the files."""
+    import matplotlib
+
+    written = []
+    for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 160})):
+        path = folder / f"{name}{suffix}"
+
+        def save(temporary: Path, suffix: str = suffix, options: Any = options) -> None:
+            with matplotlib.rc_context({"svg.hashsalt": name}):
+                figure.savefig(temporary, format=suffix[1:], facecolor="white", bbox_inches="tight", **options)
+
+        try:
+            atomically(path, save)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
+        written.append(path)
+    return written
 
 
 def new(height: float) -> tuple[Figure, Axes]:

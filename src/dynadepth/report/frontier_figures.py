@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynadepth.adapter import atomically
-from dynadepth.errors import ConfigError
 from dynadepth.report import figures
 from dynadepth.report.cells import DENSE, Findings, budget_label
 from dynadepth.report.figures import COLOURS
@@ -77,25 +75,7 @@ def layer_maps(found: Findings) -> Iterator[Drawing]:
 
 def write_figures(folder: Path, found: Findings) -> list[Path]:
     """Writes each drawing as SVG and PNG into `folder`, on white; returns the files."""
-    import matplotlib
-
-    written = []
-    for drawing in drawings(found):
-        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 160})):
-            path = folder / f"{drawing.name}{suffix}"
-
-            def save(temporary: Path, drawing: Drawing = drawing, suffix: str = suffix, options: Any = options) -> None:
-                with matplotlib.rc_context({"svg.hashsalt": drawing.name}):
-                    drawing.figure.savefig(
-                        temporary, format=suffix[1:], facecolor="white", bbox_inches="tight", **options
-                    )
-
-            try:
-                atomically(path, save)
-            except OSError as error:
-                raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
-            written.append(path)
-    return written
+    return [file for drawing in drawings(found) for file in figures.write(folder, drawing.name, drawing.figure)]
 
 
 def _places(found: Findings) -> dict[str, int]:

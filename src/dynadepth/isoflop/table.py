@@ -1,0 +1,161 @@
+"""What a study found: one line a cell, the best of every variant, and the questions that the paper answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dynadepth.isoflop.recipe import Cell, budget_label
+
+if TYPE_CHECKING:
+    from dynadepth.isoflop.recipe import IsoflopRecipe
+
+Document = Mapping[str, Any]
+
+COLUMNS = ("size", "variant", "parameters", "steps", "loss", "causal", "accuracy", "forward FLOPs", "prefill", "decode")
+"""Of the table; `loss` by the choice of training, `forward FLOPs` a token, and times as fast as the same size dense."""
+
+
+def headline(cell: Document) -> float:
+    """The held-out loss that variants are compared by, nats a token: with the decisions of training."""
+    valid = cell["valid"]
+    return float((valid.get("top_k") or valid["causal"])["nats"])
+
+
+def finished(found: Mapping[Cell, Document]) -> dict[Cell, Document]:
+    """Cells that have a loss."""
+    return {cell: document for cell, document in found.items() if "failed" not in document}
+
+
+def groups(found: Mapping[Cell, Document]) -> dict[Cell, list[Document]]:
+    """Runs that differ in their seed alone, under the cell of seed 0."""
+    together: dict[Cell, list[Document]] = {}
+    for cell, document in sorted(finished(found).items(), key=lambda pair: pair[0].seed):
+        together.setdefault(Cell(cell.budget, cell.size, cell.variant), []).append(document)
+    return together
+
+
+def mean_loss(documents: Sequence[Document]) -> float:
+    """Over seeds."""
+    return sum(map(headline, documents)) / len(documents)
+
+
+def best(found: Mapping[Cell, Document], variant: str, budget: float) -> Cell | None:
+    """The size with the lowest loss of a variant at a budget, by seed 0."""
+    tried = {
+        c: headline(d) for c, d in finished(found).items() if (c.variant, c.budget, c.seed) == (variant, budget, 0)
+    }
+    return min(tried, key=tried.__getitem__, default=None)
+
+
+def summary(found: Mapping[Cell, Document]) -> list[dict[str, Any]]:
+    """One entry a cell, without curves: what the table and the figures are drawn from."""
+    entries = []
+    for cell, documents in groups(found).items():
+        first = documents[0]
+        values = [headline(d) for d in documents]
+        timing = first["timing"]
+        entries.append(
+            {
+                "budget": cell.budget,
+                "size": cell.size,
+                "variant": cell.variant,
+                "seeds": len(documents),
+                "loss": sum(values) / len(values),
+                "lowest": min(values),
+                "highest": max(values),
+                "bits_per_byte": (first["valid"].get("top_k") or first["valid"]["causal"])["bits_per_byte"],
+                "causal": sum(d["valid"]["causal"]["nats"] for d in documents) / len(documents),
+                "accuracy": (first["valid"].get("top_k") or {}).get("accuracy"),
+                "executed causally": first["valid"]["causal"]["executed"],
+                "parameters": first["parameters"],
+                "inner_parameters": first["inner_parameters"],
+                "steps": first["steps"],
+                "tokens": first["tokens"],
+                "flops": first["flops"],
+                "forward_per_token": first["plan"]["forward_per_token"],
+                "prefill": timing["prefill against own"],
+                "decode": timing["decode against own"],
+                "prefill against reference": timing["prefill against reference"],
+                "kv share": timing["kv share"],
+            }
+        )
+    return sorted(entries, key=lambda e: (e["budget"], e["parameters"]))
+
+
+def lines(found: Mapping[Cell, Document], budget: float) -> list[list[str]]:
+    """The rows of one budget's table, as text."""
+    rows = []
+    for e in summary(found):
+        if e["budget"] != budget:
+            continue
+        loss = f"{e['loss']:.4f}" + (
+            f" ({e['seeds']} seeds, {e['lowest']:.4f}-{e['highest']:.4f})" if e["seeds"] > 1 else ""
+        )
+        rows.append([
+            e["size"], e["variant"], f"{e['parameters'] / 1e6:.2f} M", f"{e['steps']:,}", loss, f"{e['causal']:.4f}",
+            "-" if e["accuracy"] is None else f"{100 * e['accuracy']:.1f} %", f"{e['forward_per_token'] / 1e6:.3f} M",
+            f"{e['prefill']['times']:.2f}x", f"{e['decode']['times']:.2f}x",
+        ])  # fmt: skip
+    return rows
+
+
+def questions(recipe: IsoflopRecipe, found: Mapping[Cell, Document]) -> list[str]:
+    """The paper's claims at our scale, a sentence each, with both numbers. Baselines are the variants without a method,
+    of which the first is the dense one."""
+    said: list[str] = []
+    dense = next((name for name, changes in recipe.variants.items() if not changes), None)
+    if dense is None:
+        return said
+    together = groups(found)
+    for budget in sorted({cell.budget for cell in together}):
+        base = best(found, dense, budget)
+        if base is None:
+            continue
+        at, loss = budget_label(budget), mean_loss(together[base])
+        for variant in recipe.variants:
+            cell = best(found, variant, budget)
+            if variant == dense or cell is None:
+                continue
+            own = mean_loss(together[cell])
+            said.append(
+                f"{at} FLOPs: the best {variant} ({cell.size}) has a loss of {own:.4f}, the best {dense} ({base.size}) "
+                f"{loss:.4f}: {100 * (own / loss - 1):+.2f} %.{_faster(found, variant, budget, base, loss)}"
+            )
+    return said + _sampling(found)
+
+
+def _faster(found: Mapping[Cell, Document], variant: str, budget: float, base: Cell, loss: float) -> str:
+    """How fast the fastest model of a variant is that is no worse than the best dense one."""
+    together = groups(found)
+    equal = [c for c in together if (c.variant, c.budget) == (variant, budget) and mean_loss(together[c]) <= loss]
+    if not equal:
+        return ""
+
+    def speed(cell: Cell) -> float:
+        return float(together[cell][0]["timing"]["prefill against reference"]["times"])
+
+    fastest = max(equal, key=speed)
+    forward = [together[c][0]["plan"]["forward_per_token"] for c in (fastest, base)]
+    return (
+        f" At no higher loss {fastest.size} takes {100 * forward[0] / forward[1]:.0f} % of its FLOPs a forward and its "
+        f"prefill is {speed(fastest) / speed(base):.2f} times as fast."
+    )
+
+
+def _sampling(found: Mapping[Cell, Document]) -> list[str]:
+    """Causal decisions against the choice of training, over all cells that have both."""
+    both = [
+        d for d in finished(found).values() if "top_k" in d["valid"] and d["valid"]["top_k"]["accuracy"] is not None
+    ]
+    learned = [d for d in both if d["settings"]["recipe"]["method"].get("routing", "top_k") != "stochastic"]
+    if not learned:
+        return []
+    gaps = [d["valid"]["causal"]["nats"] / d["valid"]["top_k"]["nats"] - 1 for d in learned]
+    accuracies = [d["valid"]["top_k"]["accuracy"] for d in learned]
+    return [
+        f"Over {len(learned)} routed runs, predictor accuracy is {100 * min(accuracies):.1f} to "
+        f"{100 * max(accuracies):.1f} % of the tokens at routed blocks (paper: 97 to 99 %), and the loss with the "
+        f"decisions of generation is {100 * min(gaps):+.2f} to {100 * max(gaps):+.2f} % against that with those of "
+        "training (paper: within 0.3 %)."
+    ]
