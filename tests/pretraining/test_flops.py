@@ -8,6 +8,7 @@ from dynadepth.methods import config_from_dict
 from dynadepth.model import attach, expert_choice
 from dynadepth.pretraining.flops import FlopMeter, executed_of
 from dynadepth.routed import routing_of
+from parity.models import tiny
 from small import VOCABULARY, bare
 
 ROWS, TOKENS = 3, 16
@@ -64,3 +65,34 @@ def test_evaluation_with_the_choice_of_training_costs_a_forward():
     assert {int(n) for counts in executed.values() for n in counts} == {4}
     expected = FlopMeter(model).forward(ROWS, TOKENS, executed) - 2 * ROWS * TOKENS * vectors(model)
     assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"method": "mode-staged", "capacity": 0.25, "predictor_width": 4},
+        {"method": "mode-integrated", "no_ops": 3},
+    ],
+    ids=lambda method: method.get("method", "moe"),
+)
+def test_of_experts_those_count_that_compute(family, method):
+    torch.manual_seed(0)
+    model = tiny(family)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    if method:
+        attach(model, config_from_dict(method))
+    model.train()
+    ids = torch.randint(1, VOCABULARY, (ROWS, TOKENS))
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(input_ids=ids, labels=ids)
+        forward = counter.get_total_flops()
+        outputs.loss.backward()
+    executed = executed_of(getattr(outputs, "depth_trace", None))
+    meter, uncounted = FlopMeter(model), ROWS * TOKENS * (vectors(model) if method else 0)
+    assert meter.forward(ROWS, TOKENS, executed) - 2 * uncounted == forward
+    assert meter.training(ROWS, TOKENS, executed) - 6 * uncounted == counter.get_total_flops()
+    if method:
+        assert meter.training(ROWS, TOKENS, executed) < meter.training(ROWS, TOKENS)

@@ -144,6 +144,30 @@ def test_nan_stops_and_the_last_good_state_is_kept(tmp_path, text, monkeypatch, 
     assert all(torch.isfinite(p).all() for p in kept.parameters())
 
 
+MOE = {**DENSE.model, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"method": "mode-staged", "capacity": 0.25, "predictor_width": 4},
+        {"method": "mode-integrated", "no_ops": 2},
+    ],
+    ids=lambda method: method.get("method", "moe"),
+)
+def test_mixtures_of_experts_are_pretrained(tmp_path, text, method):
+    balanced = {} if method else {"output_router_logits": True, "router_aux_loss_coef": 100.0}
+    recipe = replace(DENSE, model={**MOE, **balanced}, method=method)
+    result = pretrain(recipe, [text], tmp_path / "out", flops=20 * STEP)
+    assert result.losses[0] == pytest.approx(np.log(257), abs=0.3)  # the language's alone
+    assert result.losses[-1] < result.losses[0] - 0.5
+    assert (result.plan["forward_per_token"] < result.plan["dense_forward_per_token"]) == bool(method)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    if method:
+        dynadepth.load(model, tmp_path / "out" / "model" / "routers")
+
+
 def test_training_goes_on_from_a_finished_model(tmp_path, text):
     first = pretrain(DENSE, [text], tmp_path / "first", flops=20 * STEP)
     method = {**MOD.method, "capacity": 0.5, "weighting": "sigmoid", "layers": [2]}
@@ -162,7 +186,6 @@ def test_training_goes_on_from_a_finished_model(tmp_path, text):
         ({"model": {**DENSE.model, "model_type": "lama"}}, "model_type 'lama' is none of transformers'"),
         ({"model": {**DENSE.model, "num_attention_heads": 3}}, "No model can be made of"),
         ({"model": {**DENSE.model, "vocab_size": 9}}, "vocab_size is the tokenizer's"),
-        ({"method": {"method": "mindskip", "granularity": "token"}}, "'mindskip' tunes routers for a model that is"),
         ({"method": {"method": "mod", "capacity": 0.01}}, "capacity 0.01 of a sequence of 16 tokens lets none execute"),
     ],
 )
@@ -194,3 +217,8 @@ def test_export_replaces_a_whole_folder_or_nothing(tmp_path, text, monkeypatch):
         runs.export(model, corpus, out / "model")
     assert sorted(p.name for p in (out / "model").iterdir()) == before
     assert not list(out.glob(".model*"))
+
+
+def test_methods_for_finished_models_are_refused():
+    with pytest.raises(ConfigError, match="'mindskip' tunes routers for a model that is finished"):
+        replace(DENSE, method={"method": "mindskip", "granularity": "token"})

@@ -2,8 +2,9 @@
 
 A matrix product's backward is two products of its size, one for its input's gradient and one for its weights': three
 forwards in all. That holds for every product of the model (the first layer's input has a gradient, too, since
-embeddings learn), head included. A router's matrices read states that no gradient goes back to, so there it is two.
-Where tokens compete (Mixture-of-Depths), training runs the winners of each row alone: k queries with k keys.
+embeddings learn), head and routers included; only a predictor's matrix reads states that no gradient goes back to.
+Where tokens compete (Mixture-of-Depths), training runs the winners of each row alone: k queries with k keys. An
+assignment to a no-op expert costs nothing.
 Rows that run different numbers of tokens (threshold routing) are padded to the longest when they run: that is not
 counted, for another kernel would not do it.
 """
@@ -11,6 +12,7 @@ counted, for another kernel would not do it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -20,14 +22,15 @@ from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import RoutingTrace, Site
 
 Executed = Mapping[Site, torch.Tensor]
-"""Tokens of each row, int64 `[B]`, that a routed block ran."""
+"""Of each row, int64 `[B]`: the tokens that a routed block ran, or the assignments that experts computed."""
 
 
 class FlopMeter:
     """Counts a model's FLOPs; sizes are read once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = [list(parts.values()) for parts in sublayer_costs(model)]
+        self.layers = [_Layer(c["attention"], c["mlp"], c["experts"].weights) for c in sublayer_costs(model)]
+        self.per_token = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
         self.head = head_flops(model)
         self.router_forward, self.router_training = _router_flops(model)
 
@@ -45,32 +48,43 @@ class FlopMeter:
         return own + 3 * self._blocks(rows, tokens, executed or {})
 
     def _blocks(self, rows: int, tokens: int, executed: Executed) -> int:
-        layers = {site.layer: count for site, count in executed.items()}
+        targets = {site.layer: (site.target, count) for site, count in executed.items()}
         total = 0
-        for index, parts in enumerate(self.layers):
-            counts = layers.get(index)
-            if counts is None:
-                total += rows * sum(part.flops(tokens, 0) for part in parts)
-            else:
-                total += sum(_of_rows(part, counts) for part in parts)
+        for index, layer in enumerate(self.layers):
+            target, counts = targets.get(index, (None, None))
+            if target == "block":
+                assert counts is not None
+                values, times = counts.unique(return_counts=True)  # k queries meet k keys
+                total += sum(n * layer.flops(k) for k, n in zip(values.tolist(), times.tolist(), strict=True))
+                continue
+            total += rows * layer.flops(tokens)
+            if target == "expert":
+                assert counts is not None
+                idle = rows * tokens * self.per_token - int(counts.sum())
+                total -= 2 * idle * (layer.experts // self.per_token)
         return total
 
 
+class _Layer(NamedTuple):
+    """A layer's parts, and how many of its MLP's multiply-adds a token are in experts."""
+
+    attention: SublayerCost
+    mlp: SublayerCost
+    experts: int
+
+    def flops(self, tokens: int) -> int:
+        return self.attention.flops(tokens, 0) + self.mlp.flops(tokens, 0)
+
+
 def executed_of(trace: RoutingTrace | None) -> dict[Site, torch.Tensor]:
-    """How many tokens of each row each routed block ran in a forward."""
-    return {} if trace is None else {site: d.execute.sum(1) for site, d in trace.decisions.items()}
-
-
-def _of_rows(part: SublayerCost, counts: torch.Tensor) -> int:
-    """Of rows that ran so many tokens each, with their keys alone."""
-    values, times = counts.unique(return_counts=True)
-    return sum(n * part.flops(k, 0) for k, n in zip(values.tolist(), times.tolist(), strict=True))
+    """How much of each row each routed block, or mixture of experts, ran in a forward."""
+    return {} if trace is None else {site: d.execute.flatten(1).sum(1) for site, d in trace.decisions.items()}
 
 
 def _router_flops(model: PreTrainedModel) -> tuple[int, int]:
     """Of all routers, a token: forward, and forward and backward. Products with a single vector count, too."""
     if not is_attached(model):
         return 0, 0
-    parameters = [p for router in routing_of(model).routers().values() for p in router.parameters() if p.dim()]
-    forward = sum(2 * p.numel() for p in parameters)
-    return forward, sum((4 if p.dim() > 1 else 6) * p.numel() for p in parameters)
+    named = [(name, p) for router in routing_of(model).routers().values() for name, p in router.named_parameters()]
+    sizes = [(p.numel(), name.startswith("predictor.") and p.dim() > 1) for name, p in named if p.dim()]
+    return sum(2 * n for n, _ in sizes), sum((4 if detached else 6) * n for n, detached in sizes)

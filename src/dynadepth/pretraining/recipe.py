@@ -26,7 +26,8 @@ class PretrainRecipe:
     start: str = ""
     """A model folder or name whose weights and tokenizer are trained on; none: from scratch, as `model` says."""
     method: dict[str, Any] = field(default_factory=dict)
-    """The routing method's name and settings, at token granularity; none: a dense model."""
+    """The routing method's name and settings: `mod`, or for a mixture of experts `mode-staged` or `mode-integrated`;
+    none: nothing is routed."""
     flops: float = 1e13
     """Training budget, forward and backward, where the command line names none."""
     tokenizer: str = BPE
@@ -93,10 +94,10 @@ class PretrainRecipe:
         if not self.method:
             return None
         config = config_from_dict(self.method)
-        if config.granularity != "token":
+        if not config.trains_base:
             raise ConfigError(
-                "Pretraining routes by token, for whole texts have no prompt that could decide: set the method's "
-                f"granularity to token, not {config.granularity}."
+                f"Method {config.name!r} tunes routers for a model that is finished (`dynadepth tune`); methods that "
+                "train the model itself are pretrained: mod, mode-staged, mode-integrated."
             )
         return config
 

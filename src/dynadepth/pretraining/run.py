@@ -131,11 +131,6 @@ def build(recipe: PretrainRecipe, corpus: Corpus) -> PreTrainedModel:
     model = _continued(recipe) if recipe.start else _fresh(recipe, corpus)
     config = recipe.depth_config()
     if config is not None:
-        if not config.trains_base:
-            raise ConfigError(
-                f"Method {config.name!r} tunes routers for a model that is finished (`dynadepth tune`); methods that "
-                "train the model itself are pretrained: mod."
-            )
         attach(model, config)
     return model
 

@@ -77,8 +77,11 @@ class PretrainTrainer(Trainer):
 
     def _note(self, outputs: Any, ids: Tensor) -> None:
         """Adds up what this micro-batch did; raises TuningError where its loss is no number."""
-        own = getattr(outputs, "depth_loss", None)
-        language = outputs.loss.detach() - (0.0 if own is None else own.detach())
+        language = outputs.loss.detach()
+        if (own := getattr(outputs, "depth_loss", None)) is not None:
+            language = language - own.detach()
+        if (balance := getattr(outputs, "aux_loss", None)) is not None:  # of a mixture of experts
+            language = language - self.model.config.router_aux_loss_coef * balance.detach()
         executed = executed_of(getattr(outputs, "depth_trace", None))
         flops = self.meter.training(ids.shape[0], ids.shape[1], executed)
         mean, whole = language.double(), torch.tensor(float(flops), dtype=torch.float64, device=ids.device)
