@@ -78,6 +78,6 @@ def _lines(recipe: IsoflopRecipe, entries: list[dict[str, Any]], label: str) -> 
 def _plain_numbers(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -27,6 +27,11 @@ def finished(found: Mapping[Cell, Document]) -> dict[Cell, Document]:
     return {cell: document for cell, document in found.items() if "failed" not in document}
 
 
+def learns(document: Document) -> bool:
+    """Are its decisions learnt, not noise?"""
+    return document["settings"]["recipe"]["method"].get("routing") != "stochastic"
+
+
 def groups(found: Mapping[Cell, Document]) -> dict[Cell, list[Document]]:
     """Runs that differ in their seed alone, under the cell of seed 0."""
     together: dict[Cell, list[Document]] = {}
@@ -66,7 +71,7 @@ def summary(found: Mapping[Cell, Document]) -> list[dict[str, Any]]:
                 "highest": max(values),
                 "bits_per_byte": (first["valid"].get("top_k") or first["valid"]["causal"])["bits_per_byte"],
                 "causal": sum(d["valid"]["causal"]["nats"] for d in documents) / len(documents),
-                "accuracy": (first["valid"].get("top_k") or {}).get("accuracy"),
+                "accuracy": (first["valid"].get("top_k") or {}).get("accuracy") if learns(first) else None,
                 "executed causally": first["valid"]["causal"]["executed"],
                 "parameters": first["parameters"],
                 "inner_parameters": first["inner_parameters"],
@@ -148,7 +153,7 @@ def _sampling(found: Mapping[Cell, Document]) -> list[str]:
     both = [
         d for d in finished(found).values() if "top_k" in d["valid"] and d["valid"]["top_k"]["accuracy"] is not None
     ]
-    learned = [d for d in both if d["settings"]["recipe"]["method"].get("routing", "top_k") != "stochastic"]
+    learned = [d for d in both if learns(d)]
     if not learned:
         return []
     gaps = [d["valid"]["causal"]["nats"] / d["valid"]["top_k"]["nats"] - 1 for d in learned]

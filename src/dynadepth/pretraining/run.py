@@ -235,6 +235,8 @@ def train(
     if watcher.interrupted:
         export(model, corpus, out / MODEL)
         raise KeyboardInterrupt
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # its balance loss is for training; with a cache it fails
     final: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         final = evaluate()
