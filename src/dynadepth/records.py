@@ -26,7 +26,11 @@ def is_table(path: str | Path) -> bool:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Writes a whole file or none. Numbers that JSON does not have become null."""
-    text = json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none, in UTF-8. Raises `ConfigError` where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,6 +1,7 @@
 """A study: which cells it has, that it resumes cell by cell, and what it says."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from dynadepth.isoflop import run as runs
 from dynadepth.isoflop.figures import drawings
 from dynadepth.isoflop.recipe import Cell, budget_label
 from dynadepth.isoflop.run import Teller, read_study
-from dynadepth.isoflop.table import headline, lines, questions
+from dynadepth.isoflop.table import headline, lines, markdown, questions
 from dynadepth.pretraining import run as pretraining
 from dynadepth.pretraining.trainer import PretrainTrainer
 from pretraining_runs import DENSE, SHAPE, STEP, write_text
@@ -173,10 +174,11 @@ def test_tables_figures_and_sentences(study):
     axes = names[f"loss-forward-{label}"].axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(STUDY.variants)
     said = questions(STUDY, found)
-    assert [s.split(" has a loss")[0] for s in said[:2]] == [
-        f"{label} FLOPs: the best {variant} ({size})"
-        for variant, size in (("mod", next(c.size for c in found if c.seed)), ("noise", "large"))
-    ]
+    compared = [re.findall(r"the best (\S+) \(", sentence) for sentence in said[:-1]]
+    assert compared == [["mod", "dense"], ["noise", "dense"], ["moe", "dense"], ["mode", "moe"]]
+    page = markdown(STUDY, found)
+    assert page.count("\n| ") == 9
+    assert all(sentence in page for sentence in said)
     assert len(said) == 5
     assert said[-1].startswith("Over 3 routed runs, predictor accuracy is ")
 

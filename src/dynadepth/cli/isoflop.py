@@ -44,12 +44,15 @@ def isoflop(
         quiet_libraries()
         from dynadepth.isoflop.figures import write_figures
         from dynadepth.isoflop.run import Teller, run_isoflop
+        from dynadepth.isoflop.table import markdown
+        from dynadepth.records import write_text
 
         with progress("preparing") as tell:
             found = run_isoflop(settings, data or (), out_dir, valid=valid or (), teller=Teller(say, tell))
-        drawn = write_figures(settings, found, out_dir)
+        written = [out_dir / "table.md", *write_figures(settings, found, out_dir)]
+        write_text(written[0], markdown(settings, found))
         show(settings, found)
-        say(f"wrote {', '.join(path.name for path in drawn)} in {out_dir}")
+        say(f"wrote {', '.join(path.name for path in written)} in {out_dir}")
 
 
 def show(recipe: IsoflopRecipe, found: Mapping[Cell, Mapping[str, Any]]) -> None:

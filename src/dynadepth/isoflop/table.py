@@ -105,33 +105,52 @@ def lines(found: Mapping[Cell, Document], budget: float) -> list[list[str]]:
     return rows
 
 
+def baseline(recipe: IsoflopRecipe, variant: str) -> str | None:
+    """What a variant is compared with: the first one before it of the same model type without a method, or else the
+    first of all. None of the first."""
+    changes = recipe.variants[variant]
+    names = list(recipe.variants)
+    for name in names[: names.index(variant)]:
+        other = recipe.variants[name]
+        same = other.get("model", {}).get("model_type") == changes.get("model", {}).get("model_type")
+        if same and not other.get("method"):
+            return name
+    return None if variant == names[0] else names[0]
+
+
 def questions(recipe: IsoflopRecipe, found: Mapping[Cell, Document]) -> list[str]:
-    """The paper's claims at our scale, a sentence each, with both numbers. Baselines are the variants without a method,
-    of which the first is the dense one."""
+    """The paper's claims at our scale, a sentence each, with both numbers."""
     said: list[str] = []
-    dense = next((name for name, changes in recipe.variants.items() if not changes), None)
-    if dense is None:
-        return said
     together = groups(found)
     for budget in sorted({cell.budget for cell in together}):
-        base = best(found, dense, budget)
-        if base is None:
-            continue
-        at, loss = budget_label(budget), mean_loss(together[base])
         for variant in recipe.variants:
+            other = baseline(recipe, variant)
+            base = None if other is None else best(found, other, budget)
             cell = best(found, variant, budget)
-            if variant == dense or cell is None:
+            if base is None or cell is None:
                 continue
-            own = mean_loss(together[cell])
+            own, loss = mean_loss(together[cell]), mean_loss(together[base])
             said.append(
-                f"{at} FLOPs: the best {variant} ({cell.size}) has a loss of {own:.4f}, the best {dense} ({base.size}) "
-                f"{loss:.4f}: {100 * (own / loss - 1):+.2f} %.{_faster(found, variant, budget, base, loss)}"
+                f"{budget_label(budget)} FLOPs: the best {variant} ({cell.size}) has a loss of {own:.4f}, "
+                f"the best {other} ({base.size}) {loss:.4f}: {100 * (own / loss - 1):+.2f} %."
+                f"{_faster(found, variant, budget, base, loss)}"
             )
     return said + _sampling(found)
 
 
+def markdown(recipe: IsoflopRecipe, found: Mapping[Cell, Document]) -> str:
+    """The tables and sentences as a page."""
+    parts = []
+    for budget in sorted({cell.budget for cell in found}):
+        rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found, budget)]
+        parts.append(f"## {budget_label(budget)} FLOPs\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    failed = [f"{cell.name} has no loss: {d['failed']}" for cell, d in found.items() if "failed" in d]
+    parts.append("\n".join(f"- {sentence}" for sentence in failed + questions(recipe, found)))
+    return "\n\n".join(parts) + "\n"
+
+
 def _faster(found: Mapping[Cell, Document], variant: str, budget: float, base: Cell, loss: float) -> str:
-    """How fast the fastest model of a variant is that is no worse than the best dense one."""
+    """How fast the fastest model of a variant is that is no worse than the best of its baseline."""
     together = groups(found)
     equal = [c for c in together if (c.variant, c.budget) == (variant, budget) and mean_loss(together[c]) <= loss]
     if not equal:
