@@ -240,7 +240,7 @@ def train(
     final: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         final = evaluate()
-        watcher.history.append({"step": plan.steps, **final})
+        trainer.history.append({"step": plan.steps, **final})
         export(model, corpus, out / MODEL)
     tokens = plan.steps * recipe.batch_size * recipe.sequence_length
     embeddings = {id(p): p.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -255,7 +255,7 @@ def train(
         parameters=total,
         inner_parameters=total - sum(embeddings.values()),
         valid=final,
-        history=watcher.history,
+        history=trainer.history,
         losses=[round(loss, 5) for loss in trainer.losses],
         seconds=time.monotonic() - started,
         sizes={"train": len(corpus.train), "scored": int(windows.size)},

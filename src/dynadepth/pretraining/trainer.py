@@ -60,6 +60,8 @@ class PretrainTrainer(Trainer):
         """The language-modelling loss of each step, nats a token."""
         self.spent = 0
         """FLOPs, forward and backward, over all processes."""
+        self.history: list[dict[str, Any]] = []
+        """Held-out losses on the way: `step` and what was measured."""
         self._step = -1
 
     def compute_loss(
@@ -122,7 +124,7 @@ class PretrainTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
         state = read_json(Path(resume_from_checkpoint) / STATE)
-        self.losses, self.spent = list(state["losses"]), int(state["spent"])
+        self.losses, self.spent, self.history = list(state["losses"]), int(state["spent"]), list(state["history"])
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -143,8 +145,6 @@ class Watcher(TrainerCallback):
 
     def __init__(self, progress: Progress | None, evaluate_at: set[int], evaluate: Callable[[], dict[str, Any]]):
         self.progress, self.evaluate_at, self.evaluate = progress, evaluate_at, evaluate
-        self.history: list[dict[str, Any]] = []
-        """Validation losses on the way: `step` and what `evaluate` gives."""
         self.interrupted = False
         self.trainer: PretrainTrainer | None = None
 
@@ -152,7 +152,7 @@ class Watcher(TrainerCallback):
         assert self.trainer is not None
         step = state.global_step
         if step in self.evaluate_at and state.is_world_process_zero:
-            self.history.append({"step": step, **self.evaluate()})
+            self.trainer.history.append({"step": step, **self.evaluate()})
         recent = self.trainer.losses[-20:]
         if self.progress is not None:
             self.progress("train", step, state.max_steps, {"loss": sum(recent) / len(recent)})
@@ -170,7 +170,8 @@ class Watcher(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         if state.is_world_process_zero:
-            written = {"losses": self.trainer.losses, "spent": self.trainer.spent, "history": self.history}
+            written: dict[str, Any] = {"losses": self.trainer.losses, "spent": self.trainer.spent}
+            written["history"] = self.trainer.history
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, written)
 
     @contextmanager
