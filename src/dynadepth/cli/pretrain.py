@@ -50,8 +50,7 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Train a small model on plain text, dense or with Mixture-of-Depths, within a FLOP budget.
 
-    `accelerate launch --multi_gpu --num_processes 2 -m dynadepth pretrain ...` shares every batch among processes, on
-    CPUs too (that flag is what starts several).
+    `accelerate launch --multi_gpu --num_processes 2 -m dynadepth pretrain ...` shares every batch, on CPUs as well.
     """
 
     def interrupted() -> str:
