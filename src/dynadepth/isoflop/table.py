@@ -178,8 +178,13 @@ def _sampling(found: Mapping[Cell, Document]) -> list[str]:
     gaps = [d["valid"]["causal"]["nats"] / d["valid"]["top_k"]["nats"] - 1 for d in learned]
     accuracies = [d["valid"]["top_k"]["accuracy"] for d in learned]
     return [
-        f"Over {len(learned)} routed runs, predictor accuracy is {100 * min(accuracies):.1f} to "
-        f"{100 * max(accuracies):.1f} % of the tokens at routed blocks (paper: 97 to 99 %), and the loss with the "
-        f"decisions of generation is {100 * min(gaps):+.2f} to {100 * max(gaps):+.2f} % against that with those of "
-        "training (paper: within 0.3 %)."
+        f"Over {len(learned)} routed runs, predictor accuracy is {_span(accuracies, '.1f')} % of the tokens at routed "
+        f"blocks (paper: 97 to 99 %), and the loss with the decisions of generation is {_span(gaps, '+.2f')} % against "
+        "that with those of training (paper: within 0.3 %)."
     ]
+
+
+def _span(shares: Sequence[float], form: str) -> str:
+    """The lowest and the highest, as percentages."""
+    low, high = (format(100 * value, form) for value in (min(shares), max(shares)))
+    return low if low == high else f"{low} to {high}"
