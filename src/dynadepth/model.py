@@ -27,6 +27,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.routing.experts import ExpertTarget, GateState, WatchedGate, gate_of, inspect_gate
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import granularity_named
+from dynadepth.routing.repeat import check_repeats
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.skip_path import skip_path_named
 from dynadepth.routing.sublayer import (
@@ -297,12 +298,15 @@ def fixed_routes(model: nn.Module, decisions: Mapping[Site, Injection]) -> Itera
     """Replaces the routers' decisions inside the block, in this thread.
 
     `decisions`: per site one bool, or bools of the granularity's shape (`[B]` or `[B, T]`); sites not named execute. At
-    sequence granularity they decide at prefill and then stick, as a router's would.
+    sequence granularity they decide at prefill and then stick, as a router's would; of target `block` they may say how
+    often a layer executes: 0, 1, or 2 to repeat it. ConfigError for repeats elsewhere.
     """
     routing = routing_of(model)
     unknown = [str(site) for site in decisions if site not in routing.states]
     if unknown:
         raise ConfigError(f"sites {unknown} are not routed; routed: {', '.join(map(str, routing.sites))}.")
+    for site, value in decisions.items():
+        check_repeats(routing.states[site], value)
     with injecting(routing, decisions):
         yield model
 

@@ -101,6 +101,7 @@ def show(results: dict[str, Any]) -> None:
     if results["keep_ratio"] is not None:
         rows.append(("executed, of the routed sites", percent(results["keep_ratio"]["routed"])))
         rows.append(("executed, of all sublayers of the target", percent(results["keep_ratio"]["all"])))
+        rows.append(("executions of them, repeats counted twice", number(results["depth"], 2)))
         rows.append(("FLOPs of the dense model", percent(results["flops_share"])))
         rows.append(("KV bytes of the dense model", percent(results["kv_share"])))
     if rows:

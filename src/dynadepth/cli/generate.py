@@ -55,7 +55,7 @@ def generate(
 
 def show(outputs: list[dict[str, Any]], n_layers: int, show_route: bool) -> None:
     """Prints the answers; of several, each behind its prompt."""
-    from dynadepth.report.routes import LEGEND, strip
+    from dynadepth.report.routes import LEGEND, depth_of, strip
 
     console = out()
     for output in outputs:
@@ -65,6 +65,8 @@ def show(outputs: list[dict[str, Any]], n_layers: int, show_route: bool) -> None
         if show_route and output["route"] is not None:
             keep = output["keep_ratio"]
             kept = f"{percent(keep['all'])} of all, {percent(keep['routed'])} of the routed sites"
+            if any(passes > 1 for passes in output["route"].values()):
+                kept += f"; {depth_of(output['route'], n_layers):.0f} executions for {n_layers} layers"
             console.print(Text(f"{strip(output['route'], n_layers)}  {kept}", style="cyan"))
         elif show_route:
             console.print(Text(f"{'·' * n_layers}  dense: no routers, everything executes", style="cyan"))
