@@ -4,6 +4,7 @@ budget."""
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -335,7 +336,28 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
         set_threshold(routing.routers().values(), threshold)
         for router in routing.routers().values():
             router.asked = keep < 1
-    routing.budget, routing.speedup = budget, None
+    routing.control, routing.budget, routing.speedup = None, budget, None
+
+
+def set_control(model: nn.Module, control: float) -> None:
+    """Trades skipping against executing without calibration: p in [−1, 1], in probabilities.
+
+    A sublayer is skipped where its router's probability of executing is below (1 + p) / 2. 0 is the routers' own
+    choice, −1 skips nothing, 1 everything. Of routers that may repeat, the probability is that of the likelier of
+    execute and repeat beside that of skip. Budgets move the same threshold: the latest of both counts. Raises
+    BudgetError for a value outside, or for a static route, which has no probabilities.
+    """
+    routing = routing_of(model)
+    if not -1 <= control <= 1:
+        raise BudgetError(f"control must be between -1 and 1, not {control}.")
+    if routing.is_static:
+        raise BudgetError(
+            f"A {routing.config.name} route has no probabilities that a control could shift: set a budget instead."
+        )
+    # Finite at the ends: minus infinity stands for a budget of 1, which asks no router at all.
+    most = torch.finfo(torch.float32).max
+    set_threshold(routing.routers().values(), control * most if abs(control) == 1 else 2 * math.atanh(control))
+    routing.control, routing.budget, routing.speedup = control, None, None
 
 
 def check_adjustable(routing: Routing) -> None:
@@ -396,6 +418,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "base_model": adapter.identity(unwrapped(model), decoder_layers(unwrapped(model), routing.spec)),
         "budget": routing.budget,
         "speedup": routing.speedup,
+        "control": routing.control,
         "calibration": None if routing.calibration is None else routing.calibration.to_dict(),
         "provenance": routing.provenance,
     }
@@ -438,6 +461,7 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
     for router in routing.routers().values():
         router.asked = bool(router.threshold > float("-inf"))
     routing.budget, routing.speedup = data.get("budget"), data.get("speedup")
+    routing.control = data.get("control")
     routing.provenance = data.get("provenance", {})
     return model
 

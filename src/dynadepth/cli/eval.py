@@ -15,6 +15,7 @@ def evaluate(
     model: options.Model,
     routers: options.Routers = None,
     budget: options.Budget = None,
+    control: options.Control = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +52,7 @@ def evaluate(
         options.check_at_least_one(limit, "--limit")
         options.check_at_least_one(max_windows, "--max-windows")
         options.check_output_file(json_file)
-        loaded, tokenizer = open_model(model, routers, share, dtype)
+        loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.evaluation import evaluate as score
         from dynadepth.report.stamp import stamp
 

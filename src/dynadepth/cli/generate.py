@@ -17,6 +17,7 @@ def generate(
     model: options.Model,
     routers: options.Routers = None,
     budget: options.Budget = None,
+    control: options.Control = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to answer; may be repeated.")
     ] = None,
@@ -43,7 +44,7 @@ def generate(
         from dynadepth.report.samples import answers, read_prompts
 
         texts = list(prompt or []) or read_prompts(Path(str(prompts)))
-        loaded, tokenizer = open_model(model, routers, share, dtype)
+        loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.architectures import decoder_layers
         from dynadepth.report.stamp import stamp
 

@@ -6,12 +6,11 @@ windows' logits averaged, the likeliest of three actions taken once a prompt. Tr
 given routes, class weights by effective numbers, the layers below executed as the route says (`tuning.from_routes`).
 
 Where the paper leaves room: its control p in [−1, 1] is read here as a shift of the choice between skipping and not
-skipping, see `DrLLMConfig.control`; a prompt shorter than 8 tokens has windows of one token.
+skipping (`dynadepth.set_control`); a prompt shorter than 8 tokens has windows of one token.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +31,13 @@ class DrLLMConfig(DepthConfig):
     """Defaults are the paper's: every layer, hidden size 128, 8 windows."""
 
     name = "drllm"
+    from_routes = True
 
     target: str = "block"
     hidden: int = 128
     """Hidden units of each router (the paper's ablations keep 128)."""
     windows: int = 8
     """Contiguous windows that a prompt is pooled into; the logits of all are averaged. 1: the mean over the prompt."""
-    control: float = 0.0
-    """p in [−1, 1]: a layer is skipped where P(skip) is above (1 − p) / 2 of P(skip) + the greater of P(execute) and
-    P(repeat). 0 takes the likeliest action, −1 never skips, 1 always does. Budgets move the same threshold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,18 +45,9 @@ class DrLLMConfig(DepthConfig):
         for name, value in (("hidden", self.hidden), ("windows", self.windows)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        if not isinstance(self.control, float | int) or not -1 <= self.control <= 1:
-            raise ConfigError(f"control must be between -1 and 1, not {self.control!r}.")
 
     def build_router(self, site: Site, hidden_size: int) -> DrLLMRouter:
-        return DrLLMRouter(hidden_size, self.hidden, self.windows, threshold_of(self.control))
-
-
-def threshold_of(control: float) -> float:
-    """The threshold on the router's logit, the log-odds of not skipping, for a control p: 2·artanh(p), kept finite."""
-    if abs(control) == 1:
-        return control * torch.finfo(torch.float32).max
-    return 2 * math.atanh(control)
+        return DrLLMRouter(hidden_size, self.hidden, self.windows)
 
 
 class DrLLMRouter(AbstractRouter):
@@ -70,7 +58,7 @@ class DrLLMRouter(AbstractRouter):
 
     repeats = True
 
-    def __init__(self, hidden_size: int, hidden: int, windows: int, threshold: float) -> None:
+    def __init__(self, hidden_size: int, hidden: int, windows: int) -> None:
         super().__init__()
         self.windows = windows
         self.inner = nn.Linear(hidden_size, hidden, dtype=torch.float32)
@@ -78,7 +66,6 @@ class DrLLMRouter(AbstractRouter):
         for layer in (self.inner, self.outer):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.threshold.fill_(threshold)
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.outer(nn.functional.gelu(self.inner(hidden)))

@@ -132,6 +132,11 @@ class Recipe:
                 "train it with `dynadepth pretrain`, or attach it before a training of your own."
             )
         config = config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
+        if config.from_routes:
+            raise ConfigError(
+                f"Method {config.name!r} learns from searched routes: search them with `dynadepth search`, then tune "
+                "with --routes FILE."
+            )
         if isinstance(config, StaticConfig):
             self._check_static(config)
         elif self.budgets and self.controller != "quantile":
@@ -192,6 +197,11 @@ def known_recipes() -> list[str]:
 
 def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     """A recipe by name or from a YAML file. Unknown names and settings are errors that name the near ones."""
+    return recipe_from_dict(*recipe_file(name_or_path))
+
+
+def recipe_file(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
+    """The settings of a recipe by name or from a YAML file, as they are, and where they were found."""
     try:
         import yaml
     except ImportError as error:
@@ -212,23 +222,36 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no settings.")
-    return recipe_from_dict(data, str(path))
+    return data, str(path)
 
 
 def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """A recipe from its settings, each checked for name and type."""
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    return Recipe(**check_settings(data, Recipe, where))
+
+
+def check_settings(data: dict[str, Any], kind: type, where: str) -> dict[str, Any]:
+    """The values for a recipe class, each checked for name and type. A recipe of a method that learns from routes names
+    other settings than one of a method that does not, and the error says so."""
+    method = data.get("method")
+    if isinstance(method, dict) and "method" in method:
+        from_routes = method_named(str(method["method"])).from_routes
+        if from_routes and kind is Recipe:
+            raise ConfigError(
+                f"{where}: method {method['method']!r} learns from searched routes: tune it with --routes FILE, from "
+                "`dynadepth search`."
+            )
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     types = {"int": int, "float": (int, float), "str": str, "bool": bool, "float | None": (int, float, type(None)),
              "dict[str, Any]": dict, "tuple[str, ...]": (list, tuple),
              "tuple[float, ...]": (list, tuple)}  # fmt: skip
     for key, value in data.items():
         if key not in fields:
             raise ConfigError(f"{where} has an unknown setting {key!r}.{did_you_mean(key, fields)}")
-        kind = types[str(fields[key].type)]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
+        expected = types[str(fields[key].type)]
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):  # type: ignore[arg-type]
             raise ConfigError(f"{where}: {key} must be {fields[key].type}, not {value!r}.")
     missing = [name for name in ("name", "source", "method") if name not in data]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}.")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return Recipe(**values)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
