@@ -56,7 +56,7 @@ def test_help_lists_every_verb_and_needs_no_torch():
     [
         (
             "tune",
-            "--out --data --routes --recipe --method --budget --target --granularity --kv-policy --lora --max-samples --seed",
+            "--out --data --routes --recipe --method --budget --target --granularity --kv-policy --lora --max-samples",
         ),
         ("eval", "--routers --budget --control --tasks --task-data --limit --perplexity --compare-dense --json"),
         ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --json"),

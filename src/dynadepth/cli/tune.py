@@ -86,6 +86,8 @@ def tune(
     """Tune routers, or a static route, for a frozen model and save them, ready for every budget."""
 
     def interrupted() -> str:
+        if routes is not None:
+            return f"{out_dir} holds the best routers so far, if an epoch was over; the same command starts anew."
         if (out_dir / "routing_config.json").is_file():
             return f"the last routers saved are in {out_dir}; the same command goes on from the last checkpoint."
         return f"no routers were saved in {out_dir} yet; the same command goes on from where it was."

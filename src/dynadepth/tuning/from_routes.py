@@ -9,6 +9,7 @@ Shape suffixes: N examples, L routed layers.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.architectures.probe import quietly
-from dynadepth.budget import KEEPS, calibrate, forward, prompts_to_batches
-from dynadepth.errors import ConfigError, TuningError
+from dynadepth.budget import KEEPS, calibrate, check_prompts, forward, prompts_to_batches
+from dynadepth.errors import BudgetError, ConfigError, TuningError
 from dynadepth.methods.drllm import ACTIONS, class_weights, focal_loss
 from dynadepth.model import attach, detach, save
 from dynadepth.route_file import read
@@ -145,8 +146,7 @@ def _tune(
         raise
     loop.take_best()
     held = labels(model, parts.heldout)
-    batches = prompts_to_batches([example.input_ids for example in parts.heldout], pad)
-    calibrate(model, batches, BUDGETS)
+    _calibrate(model, [*parts.validation, *parts.heldout], pad)
     return RouteTuneResult(
         directory=str(out),
         seconds=time.monotonic() - started,
@@ -230,6 +230,17 @@ class _Loop:
 
     def take_best(self) -> None:
         routing_of(self.model).load_tensors(self.best)
+
+
+def _calibrate(model: nn.Module, examples: Sequence[RouteExample], pad: int) -> None:
+    """Thresholds for budgets. They change nothing about the routers' own choice, which the scores are of."""
+    batches = prompts_to_batches([example.input_ids for example in examples], pad)
+    try:
+        check_prompts(model, batches, len(BUDGETS))
+    except BudgetError as error:
+        warnings.warn(f"No budget can be set with these routers, a control can: {error}", UserWarning, stacklevel=2)
+        return
+    calibrate(model, batches, BUDGETS)
 
 
 @torch.no_grad()

@@ -131,12 +131,12 @@ class Recipe:
                 f"Method {method!r} is trained together with the whole model, and tuning keeps the model frozen: "
                 "train it with `dynadepth pretrain`, or attach it before a training of your own."
             )
-        config = config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
-        if config.from_routes:
+        if method_named(method).from_routes:
             raise ConfigError(
-                f"Method {config.name!r} learns from searched routes: search them with `dynadepth search`, then tune "
-                "with --routes FILE."
+                f"Method {method!r} learns from searched routes: search them with `dynadepth search`, then tune with "
+                "--routes FILE."
             )
+        config = config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
         if isinstance(config, StaticConfig):
             self._check_static(config)
         elif self.budgets and self.controller != "quantile":
