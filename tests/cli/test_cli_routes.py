@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dynadepth import adapter, hub
-from dynadepth.architectures import decoder_layers
-from dynadepth.route_file import Answer, Header, PromptRoutes, Route, RouteWriter
-from saved_model import N_LAYERS, WORDS
+from commands import invoke
+from dynadepth import adapter
+from saved_model import N_LAYERS
+from searched_routes import save_routes, text
 
 RECIPE = """
 name: small
@@ -24,33 +24,14 @@ holdout: 0.25
 """
 
 
-def text(number: int) -> str:
-    return " ".join(WORDS[(number + 5 * i) % len(WORDS)] for i in range(6))
-
-
 @pytest.fixture(scope="module")
 def routes_file(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every prompt skips layer 1 and repeats layer 2."""
-    model = hub.load_model(model_folder)
-    path = tmp_path_factory.mktemp("routes") / "routes.jsonl.gz"
-    route = Route(True, 1.0, (1, 0, 2, 1))
-    with RouteWriter(path) as writer:
-        writer.start(Header(adapter.identity(model, decoder_layers(model)), N_LAYERS, {}, {}))
-        for number in range(12):
-            writer.append(
-                [
-                    PromptRoutes(
-                        str(number), "t", text(number), (" a", " of"), 0, " a", Answer(True, 1.0), (route,), None, 4, 4
-                    )
-                ]
-            )
-    return path
+    return save_routes(tmp_path_factory.mktemp("routes") / "routes.jsonl.gz", model_folder)
 
 
 @pytest.fixture(scope="module")
 def tuned(model_folder: str, routes_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    from commands import invoke
-
     folder = tmp_path_factory.mktemp("tuned")
     (folder / "small.yaml").write_text(RECIPE, encoding="utf-8")
     words = ("tune", model_folder, "--method", "drllm", "--routes", routes_file, "--recipe", folder / "small.yaml")
