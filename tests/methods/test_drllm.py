@@ -49,6 +49,14 @@ def test_the_papers_router():
     torch.testing.assert_close(router(states), by_window.mean(0))
 
 
+def test_the_length_of_a_state_may_be_left_out():
+    states = torch.randn(2, 3, 16)
+    for unit in (False, True):
+        router = DrLLMConfig(hidden=6, windows=3, unit_input=unit).build_router(None, 16)
+        torch.nn.init.normal_(router.inner.bias)
+        assert torch.allclose(router(states), router(50 * states), atol=1e-4) == unit
+
+
 def test_the_likeliest_action_is_taken():
     router = routing_of(routed()).routers().popitem()[1]
     states = torch.randn(200, 3, 16, generator=torch.Generator().manual_seed(1))

@@ -39,6 +39,10 @@ class DrLLMConfig(DepthConfig):
     windows: int = 8
     """Contiguous windows that a prompt is pooled into; the logits of all are averaged. 1: the mean over the prompt."""
 
+    unit_input: bool = False
+    """Scales each window to a root mean square of 1. The paper does not: routers of deep layers, whose states are a
+    hundred times as long as the first ones', then start from losses of 10 and more."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_can_repeat(self.target, self.granularity, self.skip_path)
@@ -47,7 +51,7 @@ class DrLLMConfig(DepthConfig):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
     def build_router(self, site: Site, hidden_size: int) -> DrLLMRouter:
-        return DrLLMRouter(hidden_size, self.hidden, self.windows)
+        return DrLLMRouter(hidden_size, self.hidden, self.windows, self.unit_input)
 
 
 class DrLLMRouter(AbstractRouter):
@@ -58,9 +62,9 @@ class DrLLMRouter(AbstractRouter):
 
     repeats = True
 
-    def __init__(self, hidden_size: int, hidden: int, windows: int) -> None:
+    def __init__(self, hidden_size: int, hidden: int, windows: int, unit_input: bool) -> None:
         super().__init__()
-        self.windows = windows
+        self.windows, self.unit_input = windows, unit_input
         self.inner = nn.Linear(hidden_size, hidden, dtype=torch.float32)
         self.outer = nn.Linear(hidden, len(ACTIONS), dtype=torch.float32)
         for layer in (self.inner, self.outer):
@@ -68,6 +72,8 @@ class DrLLMRouter(AbstractRouter):
             nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.unit_input:
+            hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
         logits = self.outer(nn.functional.gelu(self.inner(hidden)))
         return logits.mean(-2) if self.windows > 1 else logits
 

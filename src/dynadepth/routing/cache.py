@@ -79,7 +79,7 @@ class RoutedCache(DynamicCache):
         """Turns this cache, which must be empty, back into the `DynamicCache` it was, for a dense forward to fill."""
         if self.seen:
             self.refuse("a dense forward needs an empty one")
-        self._drop_slots()
+        del self.layers[len(self.layers) - len(self.slots) :]
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SparseLayer):
                 self.layers[index] = layer.like
@@ -141,10 +141,6 @@ class RoutedCache(DynamicCache):
             slot.reset()
             self.layers.append(slot)
         return self.slots[layer_idx]
-
-    def _drop_slots(self) -> None:
-        del self.layers[len(self.layers) - len(self.slots) :]
-        self.slots = {}
 
     def admit(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Declares the logical rows that a layer holds from now on. Rows that join late (they saw only padding so far,
@@ -239,7 +235,6 @@ class RoutedCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self._drop_slots()
         self.seen, self.stored_rows = 0, {}
         self.memories.clear()
         self.book.clear()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.architectures.probe import quietly
-from dynadepth.budget import KEEPS, calibrate, check_prompts, forward, prompts_to_batches
+from dynadepth.budget import calibrate, check_prompts, forward, prompts_to_batches
 from dynadepth.errors import BudgetError, ConfigError, TuningError
 from dynadepth.methods.drllm import ACTIONS, class_weights, focal_loss
 from dynadepth.model import attach, detach, save
@@ -34,8 +34,10 @@ from dynadepth.tuning.route_recipe import RouteRecipe
 from dynadepth.tuning.route_scores import ActionScores, action_scores, always_execute, commonest
 from dynadepth.tuning.trainer import Progress
 
-BUDGETS = (*KEEPS, 0.92, 0.96)
+BUDGETS = (0.75, 0.875, 0.92, 0.96)
 """Shares of the routed layers for which thresholds are measured: these routers skip little."""
+CALIBRATED_ON = 32
+"""Prompts at most: every share takes two forwards of each."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class _Loop:
 
 def _calibrate(model: nn.Module, examples: Sequence[RouteExample], pad: int) -> None:
     """Thresholds for budgets. They change nothing about the routers' own choice, which the scores are of."""
-    batches = prompts_to_batches([example.input_ids for example in examples], pad)
+    batches = prompts_to_batches([example.input_ids for example in examples[:CALIBRATED_ON]], pad)
     try:
         check_prompts(model, batches, len(BUDGETS))
     except BudgetError as error:
