@@ -160,7 +160,8 @@ def test_a_file_of_another_model_or_depth_or_with_too_little_in_it(tmp_path):
 
 def test_too_few_prompts_for_budgets_are_said(tmp_path):
     path = write(tmp_path / "few.jsonl", tiny(), [prompt(n) for n in range(6)])
-    recipe = dataclasses.replace(RECIPE, validation=0.1, holdout=0.1, epochs=1)
+    one_layer = {**RECIPE.method, "layers": (1,)}
+    recipe = dataclasses.replace(RECIPE, method=one_layer, validation=0.1, holdout=0.1, epochs=1)
     with pytest.warns(UserWarning, match="No budget can be set with these routers, a control can: 2 prompts"):
         tune_from_routes(tiny(), Tokenizer(), path, recipe, out=tmp_path / "out")
     assert routing_of(load(tiny(), tmp_path / "out")).calibration is None
