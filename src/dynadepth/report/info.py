@@ -53,13 +53,9 @@ def describe_model(name: str | Path, model: PreTrainedModel) -> dict[str, Any]:
 def describe_routers(directory: str | Path) -> dict[str, Any]:
     """Facts of saved routers: for which model, sites, parameters, the calibrated range of budgets, provenance.
 
-<<<<<<< HEAD
     `parameters`, `path_parameters`: numbers in routers, and in skip paths. `lora`: see `lora.lora_facts`, or None.
     `budgets`: lowest and highest share of all sublayers of the target at which thresholds were measured, or None.
-=======
-    `parameters`, `path_parameters`: numbers in routers, and in skip paths. `budgets`: lowest and highest share of all
-    sublayers of the target at which thresholds were measured, or None. `adjustable`: do thresholds say what executes?
->>>>>>> 5de9ddb (Experts: the pruned twin, and what info says of budgets)
+    `adjustable`: do thresholds say what executes?
     """
     document, tensors = adapter.read(Path(directory))
     lora = adapter.read_lora(Path(directory), document)
