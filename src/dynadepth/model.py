@@ -345,7 +345,7 @@ def set_control(model: nn.Module, control: float) -> None:
     A sublayer is skipped where its router's probability of executing is below (1 + p) / 2. 0 is the routers' own
     choice, −1 skips nothing, 1 everything. Of routers that may repeat, the probability is that of the likelier of
     execute and repeat beside that of skip. Budgets move the same threshold: the latest of both counts. Raises
-    BudgetError for a value outside, or for a static route, which has no probabilities.
+    BudgetError for a value outside, for a static route, which has no probabilities, or for routers without thresholds.
     """
     routing = routing_of(model)
     if not -1 <= control <= 1:
@@ -354,6 +354,7 @@ def set_control(model: nn.Module, control: float) -> None:
         raise BudgetError(
             f"A {routing.config.name} route has no probabilities that a control could shift: set a budget instead."
         )
+    check_adjustable(routing)
     # Finite at the ends: minus infinity stands for a budget of 1, which asks no router at all.
     most = torch.finfo(torch.float32).max
     set_threshold(routing.routers().values(), control * most if abs(control) == 1 else 2 * math.atanh(control))

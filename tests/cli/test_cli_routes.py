@@ -94,6 +94,7 @@ def test_the_bench_has_the_repeated_block_twice(answered, model_folder, tuned):
         (("--routes", "ROUTES", "--method", "mindskip"), "'mindskip'"),
         (("--routes", "ROUTES", "--recipe", "default"), "unknown setting"),
         (("--routes", "ROUTES", "--budget", "0.5"), "--budget cannot be set together with --routes"),
+        (("--routes", "ROUTES", "--lora", "4"), "--lora cannot be set together"),
         (("--routes", "nothing.jsonl.gz"), "no file of routes"),
     ],
 )

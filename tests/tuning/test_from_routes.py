@@ -86,6 +86,15 @@ def test_the_best_epoch_is_kept_and_the_backbone_is_untouched(run):
     assert routing_of(loaded).calibration is not None
 
 
+def test_routers_of_the_best_epoch_are_those_of_a_run_that_ends_there(run, tmp_path):
+    _, result, _, out, path = run
+    assert 1 < result.best_epoch < result.epochs, "another seed: nothing was learnt after the best epoch"
+    recipe = dataclasses.replace(RECIPE, epochs=result.best_epoch)
+    tune_from_routes(tiny(), Tokenizer(), path, recipe, out=tmp_path)
+    kept_, last = adapter.read(out)[1], adapter.read(tmp_path)[1]
+    assert all(torch.equal(kept_[name], last[name]) for name in last)
+
+
 def test_one_seed_one_result(run, tmp_path):
     _, result, _, _, path = run
     again = tune_from_routes(tiny(), Tokenizer(), path, RECIPE, out=tmp_path)

@@ -100,8 +100,14 @@ def tune(
         from dynadepth.tuning.recipe import DEFAULT, load_recipe
 
         if routes is not None:
-            given = {"--data": data, "--budget": budget, "--target": target, "--granularity": granularity}
-            _from_routes(model, routes, out_dir, recipe, method, max_samples, seed, {**given, "--kv-policy": kv_policy})
+            given: dict[str, object] = {
+                "--data": data,
+                "--budget": budget,
+                "--target": target,
+                "--granularity": granularity,
+            }
+            given |= {"--kv-policy": kv_policy, "--lora": lora}
+            _from_routes(model, routes, out_dir, recipe, method, max_samples, seed, given)
             return
         settings = load_recipe(recipe or DEFAULT)
         if method == "auto":
@@ -195,7 +201,7 @@ def _from_routes(
     method: str | None,
     max_samples: int | None,
     seed: int,
-    others: Mapping[str, str | None],
+    others: Mapping[str, object],
 ) -> None:
     from dynadepth.tuning.route_recipe import DEFAULT, load_route_recipe
 

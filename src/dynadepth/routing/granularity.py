@@ -55,8 +55,10 @@ class Granularity(ABC):
             refuse_reentrant(context)
             if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
                 hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
-            windows = state.router.windows
-            pooled = self.pool(hidden, context) if windows == 1 else pool_windows(hidden, pooled_tokens(context), windows)
+            if state.router.windows == 1:
+                pooled = self.pool(hidden, context)
+            else:
+                pooled = pool_windows(hidden, pooled_tokens(context), state.router.windows)
             if context.choosing and isinstance(state.router, ChoosingRouter):
                 decision = state.router.choose(pooled, context.token_mask, context.trace.decisions.get(state.site))
             else:

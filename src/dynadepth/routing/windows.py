@@ -28,7 +28,7 @@ def pool_windows(hidden: Tensor, mask: Tensor | None, windows: int) -> Tensor:
     start_BW = torch.where(count >= windows, place * length_B1, place * count // windows)
     rank_BT = mask.cumsum(1) - 1
     after_BWT = rank_BT[:, None, :] - start_BW[:, :, None]
-    inside_BWT = mask[:, None, :] & (after_BWT >= 0) & (after_BWT < length_B1[:, :, None])
-    # What padding computes may be nan, which no weight of zero hides.
+    inside_BWT = (after_BWT >= 0) & (after_BWT < length_B1[:, :, None])
+    # Padding adds zeros. What it computes may be nan, which no weight of zero hides.
     states = hidden.to(torch.float32, copy=True).masked_fill_(~mask.unsqueeze(-1), 0)
     return torch.bmm(inside_BWT.float(), states) / length_B1[:, :, None]
