@@ -6,19 +6,31 @@ if TYPE_CHECKING:
     from dynadepth.benchmark.speedup import set_speedup
     from dynadepth.methods import (
         DepthConfig,
+        DrLLMConfig,
         IntegratedMoDEConfig,
         MindSkipConfig,
         MoDConfig,
         StagedMoDEConfig,
         StaticConfig,
     )
-    from dynadepth.model import attach, detach, disabled, expert_choice, fixed_routes, load, save, set_budget
+    from dynadepth.model import (
+        attach,
+        detach,
+        disabled,
+        expert_choice,
+        fixed_routes,
+        load,
+        save,
+        set_budget,
+        set_control,
+    )
     from dynadepth.routed import is_attached, routing_of
     from dynadepth.routing.decision import KeepRatio, Site
     from dynadepth.routing.recorder import recording
 
 _WHERE = {
     "DepthConfig": "methods",
+    "DrLLMConfig": "methods",
     "MindSkipConfig": "methods",
     "IntegratedMoDEConfig": "methods",
     "MoDConfig": "methods",
@@ -37,11 +49,13 @@ _WHERE = {
     "routing_of": "routed",
     "save": "model",
     "set_budget": "model",
+    "set_control": "model",
     "set_speedup": "benchmark.speedup",
 }
 
 __all__ = [
     "DepthConfig",
+    "DrLLMConfig",
     "IntegratedMoDEConfig",
     "KeepRatio",
     "MindSkipConfig",
@@ -60,6 +74,7 @@ __all__ = [
     "routing_of",
     "save",
     "set_budget",
+    "set_control",
     "set_speedup",
 ]
 

@@ -118,13 +118,20 @@ def head_flops(model: PreTrainedModel, tokens: int = 1) -> int:
 
 
 def router_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
-    """FLOPs of all routers for one sequence: every token at `token` granularity, one pooled vector at the prefill else.
+    """FLOPs of all routers for one sequence: of every token at `token` granularity, else of what is pooled at prefill.
 
     A router's products with a single weight vector count too (PyTorch's counter has no formula for those).
     """
     routing = routing_of(model)
     decisions = int(past == 0) if routing.granularity.sticky else tokens
-    return 2 * decisions * sum(p.numel() for r in routing.routers().values() for p in r.parameters() if p.dim())
+    return 2 * decisions * sum(router.windows * _router_weights(router) for router in routing.routers().values())
+
+
+def _router_weights(router: AbstractRouter) -> int:
+    """Multiply-adds a vector: through its matrices (vectors beside them are biases), or its one vector."""
+    parameters = list(router.parameters())
+    dims = max((p.dim() for p in parameters), default=0)
+    return sum(p.numel() for p in parameters if p.dim() == dims and dims)
 
 
 def flops_share(
@@ -132,8 +139,8 @@ def flops_share(
 ) -> Share:
     """FLOPs of the routed model over those of the dense one, routers, skip paths, LoRA and kept projections included.
 
-    `keep`: share executed per site, as in `record.site_keep()`; sites not named execute always. `scored`: tokens whose
-    logits are computed, for the model's share. At `token` granularity attention is taken as executing each token
+    `keep`: mean executions per site, as in `record.site_passes()`; sites not named execute always. `scored`: tokens
+    whose logits are computed, for the model's share. At `token` granularity attention is taken as executing each token
     independently with that probability, so that without projected keys both queries and keys shrink.
     """
     routing, costs, own = routing_of(model), sublayer_costs(model), sublayer_costs(model, adapted=True)

@@ -4,6 +4,7 @@ budget."""
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.routing.experts import ExpertTarget, GateState, WatchedGate, gate_of, inspect_gate
 from dynadepth.routing.forward import RoutedModel
 from dynadepth.routing.granularity import granularity_named
+from dynadepth.routing.repeat import check_repeats
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.skip_path import skip_path_named
 from dynadepth.routing.sublayer import (
@@ -297,12 +299,15 @@ def fixed_routes(model: nn.Module, decisions: Mapping[Site, Injection]) -> Itera
     """Replaces the routers' decisions inside the block, in this thread.
 
     `decisions`: per site one bool, or bools of the granularity's shape (`[B]` or `[B, T]`); sites not named execute. At
-    sequence granularity they decide at prefill and then stick, as a router's would.
+    sequence granularity they decide at prefill and then stick, as a router's would; of target `block` they may say how
+    often a layer executes: 0, 1, or 2 to repeat it. ConfigError for repeats elsewhere.
     """
     routing = routing_of(model)
     unknown = [str(site) for site in decisions if site not in routing.states]
     if unknown:
         raise ConfigError(f"sites {unknown} are not routed; routed: {', '.join(map(str, routing.sites))}.")
+    for site, value in decisions.items():
+        check_repeats(routing.states[site], value)
     with injecting(routing, decisions):
         yield model
 
@@ -331,7 +336,29 @@ def set_budget(model: nn.Module, **budgets: float) -> None:
         set_threshold(routing.routers().values(), threshold)
         for router in routing.routers().values():
             router.asked = keep < 1
-    routing.budget, routing.speedup = budget, None
+    routing.control, routing.budget, routing.speedup = None, budget, None
+
+
+def set_control(model: nn.Module, control: float) -> None:
+    """Trades skipping against executing without calibration: p in [−1, 1], in probabilities.
+
+    A sublayer is skipped where its router's probability of executing is below (1 + p) / 2. 0 is the routers' own
+    choice, −1 skips nothing, 1 everything. Of routers that may repeat, the probability is that of the likelier of
+    execute and repeat beside that of skip. Budgets move the same threshold: the latest of both counts. Raises
+    BudgetError for a value outside, for a static route, which has no probabilities, or for routers without thresholds.
+    """
+    routing = routing_of(model)
+    if not -1 <= control <= 1:
+        raise BudgetError(f"control must be between -1 and 1, not {control}.")
+    if routing.is_static:
+        raise BudgetError(
+            f"A {routing.config.name} route has no probabilities that a control could shift: set a budget instead."
+        )
+    check_adjustable(routing)
+    # Finite at the ends: minus infinity stands for a budget of 1, which asks no router at all.
+    most = torch.finfo(torch.float32).max
+    set_threshold(routing.routers().values(), control * most if abs(control) == 1 else 2 * math.atanh(control))
+    routing.control, routing.budget, routing.speedup = control, None, None
 
 
 def check_adjustable(routing: Routing) -> None:
@@ -392,6 +419,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "base_model": adapter.identity(unwrapped(model), decoder_layers(unwrapped(model), routing.spec)),
         "budget": routing.budget,
         "speedup": routing.speedup,
+        "control": routing.control,
         "calibration": None if routing.calibration is None else routing.calibration.to_dict(),
         "provenance": routing.provenance,
     }
@@ -434,6 +462,7 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
     for router in routing.routers().values():
         router.asked = bool(router.threshold > float("-inf"))
     routing.budget, routing.speedup = data.get("budget"), data.get("speedup")
+    routing.control = data.get("control")
     routing.provenance = data.get("provenance", {})
     return model
 

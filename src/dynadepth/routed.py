@@ -43,6 +43,8 @@ class Routing:
     """The budget last set, of all sublayers of the target; None: the routers' own thresholds, or a route as given."""
     speedup: dict[str, Any] | None = None
     """The speed-up that this budget was solved from, and how; None where the budget itself was asked for."""
+    control: float | None = None
+    """The control last set (`dynadepth.set_control`), where it came after the budget."""
     provenance: dict[str, Any] = field(default_factory=dict)
     gates: dict[int, nn.Module] = field(default_factory=dict)
     """By layer, the gates of mixtures of experts that are watched."""

@@ -56,9 +56,9 @@ def test_help_lists_every_verb_and_needs_no_torch():
     [
         (
             "tune",
-            "--out --data --recipe --method --budget --target --granularity --kv-policy --lora --max-samples --seed",
+            "--out --data --routes --recipe --method --budget --target --granularity --kv-policy --lora --max-samples",
         ),
-        ("eval", "--routers --budget --tasks --task-data --limit --perplexity --compare-dense --json"),
+        ("eval", "--routers --budget --control --tasks --task-data --limit --perplexity --compare-dense --json"),
         ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --json"),
         ("bench", "--routers --budget --batch --context --new-tokens --json"),
         ("demo", "--out --seed"),
@@ -79,8 +79,8 @@ def test_eval_json(answered, model_folder, routers_folder, text_file, task_data)
         "--task-data", task_data, "--limit", 4, "--perplexity", text_file, "--compare-dense",
     )  # fmt: skip
     assert set(document) == {
-        "tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share",
-        "provenance",
+        "tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "depth", "flops_share",
+        "kv_share", "provenance",
     }  # fmt: skip
     for part in (document, document["dense"]):
         assert set(part["tasks"]) == {"alpha", "beta"}
@@ -105,7 +105,7 @@ def test_eval_json(answered, model_folder, routers_folder, text_file, task_data)
 
 def test_eval_of_a_dense_model_has_nulls(answered, model_folder, text_file):
     document, _ = answered("eval", model_folder, "--perplexity", text_file)
-    for key in ("average", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share"):
+    for key in ("average", "dense", "kl", "agreement", "keep_ratio", "depth", "flops_share", "kv_share"):
         assert document[key] is None
     assert document["tasks"] == {}
     assert document["provenance"]["routers"] is None

@@ -11,7 +11,7 @@ from dynadepth.evaluation import evaluate, paired_bootstrap, perplexity
 from dynadepth.evaluation.lm_eval import DynadepthLM
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
 
-KEYS = {"tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "flops_share", "kv_share"}
+KEYS = {"tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "depth", "flops_share", "kv_share"}
 TASK_KEYS = {"metric", "acc", "acc_norm", "perplexity", "stderr", "n"}
 
 

@@ -9,18 +9,22 @@ import torch
 from runs import settings_for
 
 from dynadepth import attach, detach, is_attached, load, lora, recording, routing_of
-from dynadepth.errors import ConfigError, UnsupportedModelError
+from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier import makers, orders, workbench
+from dynadepth.frontier.rows import ROWS
 from dynadepth.frontier.run import Teller, run_frontier
 from dynadepth.frontier.shuffled import deranged, giving, shuffled, watching
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import MindSkipConfig
 from dynadepth.removal import Damage
+from dynadepth.report.frontier_figures import write_figures
+from dynadepth.report.frontier_page import render
 from dynadepth.report.frontier_table import compared
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import load_recipe
-from saved_model import WORDS, attach_routers, save_routers
+from saved_model import WORDS, attach_routers, save_model, save_routers
+from searched_routes import save_routes
 
 
 @pytest.fixture
@@ -272,6 +276,45 @@ class TestShuffled:
         attach(model, MindSkipConfig(granularity="token"))
         with pytest.raises(AssertionError, match="belongs to a sequence"):
             shuffled(model, tokenizer, settings("default"), print)
+
+
+class TestSearchedRoutes:
+    CONTROLS = ("drllm-static", "drllm-random", "drllm-shuffled")
+
+    def test_the_rows(self, opened, settings, model_folder, tmp_path):
+        file = save_routes(tmp_path / "routes.jsonl", model_folder, n=30)
+        asked = settings(*self.CONTROLS, data_of={"drllm": str(file)})
+        found = run_frontier(*opened, asked, tmp_path / "out")
+        assert [row["name"] for row in found.methods] == ["dense", "drllm", *self.CONTROLS]
+        assert not is_attached(opened[0])
+        (own,) = found.cells["drllm"].values()
+        assert own["budget"] is None
+        assert own["text"]["depth"] == pytest.approx(sum(own["site_keep"].values()))
+        assert own["text"]["keep_ratio"]["all"] == pytest.approx(sum(min(n, 1) for n in own["site_keep"].values()) / 4)
+        assert any(count > 1 for count in own["site_keep"].values())
+        assert own["tuning"]["n_train"] == 24
+        for name in self.CONTROLS:
+            (cell,) = found.cells[name].values()
+            assert cell["against"]["row"] == "drllm"
+        (static,) = found.cells["drllm-static"].values()
+        least = min(own["site_keep"], key=own["site_keep"].get)
+        assert static["site_keep"][least] == min(static["site_keep"].values())
+        assert static["text"]["keep_ratio"]["all"] == pytest.approx(own["text"]["keep_ratio"]["all"], abs=0.02)
+        assert "drllm" in render(found)
+        assert len(write_figures(tmp_path / "out", found)) > 0
+        tuned = (tmp_path / "out" / "routers" / "drllm" / "routers.safetensors").stat().st_mtime_ns
+        run_frontier(*opened, asked, tmp_path / "out")
+        assert (tmp_path / "out" / "routers" / "drllm" / "routers.safetensors").stat().st_mtime_ns == tuned
+
+    def test_routes_are_needed_and_are_those_of_this_model(self, opened, settings, tmp_path):
+        with pytest.raises(
+            ConfigError, match="drllm learns from searched routes: name their file as --data drllm=FILE"
+        ):
+            run_frontier(*opened, settings("drllm"), tmp_path / "out")
+        other = save_routes(tmp_path / "other.jsonl", save_model(tmp_path / "other", hidden_size=32))
+        with pytest.raises(DataError, match="hidden_size is 32 there and 16 here"):
+            run_frontier(*opened, settings("drllm", data_of={"drllm": str(other)}), tmp_path / "out")
+        assert {row.name for row in ROWS if row.needs} == {"drllm", *self.CONTROLS}
 
 
 def test_the_default_recipe_by_token(opened, settings, tmp_path):

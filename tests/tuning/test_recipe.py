@@ -7,13 +7,14 @@ import pytest
 from dynadepth.errors import ConfigError
 from dynadepth.methods import MindSkipConfig, StaticConfig
 from dynadepth.tuning.recipe import Recipe, known_recipes, load_recipe, recipe_from_dict
+from dynadepth.tuning.route_recipe import load_route_recipe
 
 GOOD = {"name": "x", "source": "test", "method": {"method": "mindskip"}}
 
 
 @pytest.mark.parametrize("name", known_recipes())
 def test_shipped_recipes_load_and_name_their_source(name):
-    recipe = load_recipe(name)
+    recipe = (load_route_recipe if name.startswith("drllm") else load_recipe)(name)
     assert recipe.name == name
     assert recipe.source
     recipe.config()

@@ -2,7 +2,8 @@
 
 All of a cell's models run interleaved in one go (`timing.measure`) on one batch of real prompts and share their
 weights. *Dense* is the bare model, without any dynadepth module. *Routed* is the given model, its routers deciding.
-*Pruned* is the twin without the sublayers that the route skipped. *Execute-all* is the routed model with every
+*Pruned* is the twin without the sublayers that the route skipped,
+and with the blocks that it repeated twice. *Execute-all* is the routed model with every
 threshold at minus infinity: routers run, the cache is in use, nothing is skipped; what it takes beyond dense is the
 price of routing itself.
 
@@ -87,12 +88,15 @@ def _grid_point(
     models: dict[str, PreTrainedModel] = {"dense": dense}
     route: dict[str, dict[Site, list[float]]] = {}
     skipping: set[Site] = set()  # sites that any unit skips, in either phase
+    twice: set[Site] = set()  # blocks that repeat, where all rows took one route
     if is_attached(model):
         if "routed" in variants:
             tell("finding the route")
             models["routed"], route = model, _observe(model, work)
             skipping = {site for phase in route.values() for site, kept in phase.items() if min(kept) < 1.0}
-            models["pruned"] = pruned_twin(model, skipping)
+            if all(len(set(kept)) == 1 for phase in route.values() for kept in phase.values()):
+                twice = {site for site, kept in route["prefill"].items() if kept[0] > 1.0}
+            models["pruned"] = pruned_twin(model, skipping, twice)
         if "execute_all" in variants:
             models["execute_all"] = execute_all_copy(model)
     samples = measure(
@@ -115,7 +119,7 @@ def _grid_point(
             shown = ("dense", "routed", "pruned") if name == "routed" else dict.fromkeys(("dense", name))
             cell["peak_bytes"] = {n: peaks[n] for n in shown}
             if name == "routed":
-                _add_ideal(cell, model, work, phase, route[phase], skipping, samples)
+                _add_ideal(cell, model, work, phase, route[phase], skipping, twice, samples)
             cells.append(cell)
     return cells
 
@@ -126,15 +130,15 @@ def execute_all_copy(model: PreTrainedModel) -> PreTrainedModel:
     for router in routing_of(copy).routers().values():
         router.threshold = torch.full_like(router.threshold, float("-inf"))
         router.asked = True  # whatever the budget: their cost is what is measured
-        if router.constant is False:
+        if router.constant is not None:
             router.constant = True
     return copy
 
 
 def _observe(model: PreTrainedModel, work: Work) -> dict[str, dict[Site, list[float]]]:
-    """Shares executed per phase and site: real decisions on these prompts.
+    """Executions per phase and site: real decisions on these prompts.
 
-    One a row, 0 or 1, where routes are sticky; else one alone, the mean over rows and tokens.
+    One a row, 0, 1 or 2, where routes are sticky; else one alone, the mean over rows and tokens.
     """
     shares: dict[str, dict[Site, list[float]]] = {}
     with torch.no_grad(), recording() as record:
@@ -143,7 +147,7 @@ def _observe(model: PreTrainedModel, work: Work) -> dict[str, dict[Site, list[fl
             work.step(model, cache, index)
     for phase in ("prefill", "decode"):
         if isinstance(cache, RoutedCache) and cache.routes:  # sticky
-            shares[phase] = {site: [float(on) for on in rows] for site, rows in cache.routes.items()}
+            shares[phase] = {site: [float(count) for count in rows] for site, rows in cache.routes.items()}
         else:
             shares[phase] = {site: [share] for site, share in record.site_keep(phase).items()}
     return shares
@@ -195,19 +199,22 @@ def _add_ideal(
     phase: str,
     kept: Mapping[Site, list[float]],
     absent: Collection[Site],
+    twice: Collection[Site],
     samples: Mapping[str, Samples],
 ) -> None:
     """Fills in what a model without the skipped work takes, and how much of that saving the routed model has."""
     pruned = getattr(samples["pruned"], phase)
     pruned_s, dense_s, routed_s = median(pruned), cell["dense_s"], cell["routed_s"]
     keep = {site: sum(shares) / len(shares) for site, shares in kept.items()}
-    cell["keep_ratio"] = sum(keep.values()) / len(keep)
+    cell["keep_ratio"] = sum(min(share, 1.0) for share in keep.values()) / len(keep)
     saving = dense_s - pruned_s
-    single = all(share == float(site not in absent) for site, share in keep.items())
+    single = all(passes == (0.0 if site in absent else 2.0 if site in twice else 1.0) for site, passes in keep.items())
     if single:
         cell["pruned_s"], cell["nominal_s"] = pruned_s, pruned_s
         cell["spreads"]["pruned"] = spread(pruned)
         cell["spread"] = _largest(cell["spreads"])
+    elif not absent:  # rows that repeat beside rows that do not, and nothing skipped: no saving to measure by
+        return
     else:
         cell["nominal_s"] = dense_s - saving * _share_saved(model, work, phase, keep, absent)
     ideal = dense_s - cell["nominal_s"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,6 +30,8 @@ from dynadepth.model import detach
 from dynadepth.routed import is_attached, unwrapped
 from dynadepth.routing.decision import Site
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with modules and configuration of its own on the same weights: parameters and buffers share storage.
@@ -37,9 +39,13 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     Tied weights stay tied. Parameters are objects of their own that want gradients where the given ones do: without,
     PyTorch multiplies sliced states by a slower kernel, and a dense model is to be timed as it was loaded.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    memo.update({id(b): b.detach() for b in model.buffers()})
-    return copy.deepcopy(model, memo)
+    return _shared(model)
+
+
+def _shared(module: M) -> M:
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+    memo.update({id(b): b.detach() for b in module.buffers()})
+    return copy.deepcopy(module, memo)
 
 
 def bare_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -48,15 +54,21 @@ def bare_twin(model: PreTrainedModel) -> PreTrainedModel:
     return (detach(twin) if is_attached(twin) else twin).eval()
 
 
-def pruned_twin(model: PreTrainedModel, skipped: Collection[Site]) -> PreTrainedModel:
-    """`model` without the sublayers of `skipped`, in eval mode; weights shared, no copy of any tensor.
+def pruned_twin(model: PreTrainedModel, skipped: Collection[Site], repeated: Collection[Site] = ()) -> PreTrainedModel:
+    """`model` without the sublayers of `skipped` and with the blocks of `repeated` twice, one behind the other, in eval
+    mode; weights shared, no copy of any tensor.
 
-    Its logits are those of the routed model under a fixed route that skips the same sites with identity skip paths.
-    Raises `ConfigError` for a layer that does not exist or an unknown target.
+    Its logits are those of the routed model under a fixed route that skips and repeats the same sites with identity
+    skip paths. Raises `ConfigError` for a layer that does not exist, an unknown target, or a repeat of anything but a
+    block.
     """
     twin = bare_twin(model)
     layers, spec = decoder_layers(twin), spec_for(twin)
-    absent = _absent_sublayers(skipped, len(layers))
+    absent = _sublayers_of(skipped, len(layers))
+    twice = _sublayers_of(repeated, len(layers))
+    if any(site.target != "block" for site in repeated) or absent & twice:
+        names = ", ".join(sorted(map(str, repeated)))
+        raise ConfigError(f"only whole blocks that are not skipped can be twice in a model, not all of {names}")
     types = getattr(twin.config.get_text_config(decoder=True), "layer_types", None)
 
     entries: list[list[nn.Module]] = []  # modules run one after the other; from the first attention on, one of it each
@@ -70,6 +82,11 @@ def pruned_twin(model: PreTrainedModel, skipped: Collection[Site]) -> PreTrained
         entries[-1].extend(modules)
         if has_attention:
             _set_layer_index(layer, spec, len(kept))
+            kept.append(index)
+        if (index, "attention") in twice:
+            again = _shared(layer)
+            _set_layer_index(again, spec, len(kept))
+            entries.append([again])
             kept.append(index)
 
     merged = [modules[0] if len(modules) == 1 else _Sequence(modules) for modules in entries]
@@ -120,15 +137,15 @@ class _Sequence(nn.Module):
         return hidden_BTD
 
 
-def _absent_sublayers(skipped: Collection[Site], n_layers: int) -> set[tuple[int, str]]:
-    for site in skipped:
+def _sublayers_of(sites: Collection[Site], n_layers: int) -> set[tuple[int, str]]:
+    for site in sites:
         if site.target not in PARTS:
             raise ConfigError(f"unknown target {site.target!r} in {site}: one of {', '.join(PARTS)}")
         if not 0 <= site.layer < n_layers:
             raise ConfigError(f"{site} does not exist: the model's layers are 0 to {n_layers - 1}")
-    absent = set(chain.from_iterable(((s.layer, part) for part in PARTS[s.target]) for s in skipped))
+    named = set(chain.from_iterable(((s.layer, part) for part in PARTS[s.target]) for s in sites))
     # Where no expert runs, nothing of the mixture is needed.
-    return {(layer, "mlp" if part == "experts" else part) for layer, part in absent}
+    return {(layer, "mlp" if part == "experts" else part) for layer, part in named}
 
 
 def _what_remains(layer: nn.Module, spec: ArchitectureSpec, has_attention: bool, has_mlp: bool) -> list[nn.Module]:

@@ -14,6 +14,7 @@ def bench(
     model: options.Model,
     routers: options.Routers = None,
     budget: options.Budget = None,
+    control: options.Control = None,
     batch: Annotated[str, typer.Option("--batch", metavar="1,8", help="Batch sizes.")] = "1",
     context: Annotated[
         str, typer.Option("--context", metavar="32,512", help="Prompt lengths in tokens.")
@@ -32,7 +33,7 @@ def bench(
         options.check_at_least_one(new_tokens, "--new-tokens")
         options.check_at_least_one(repeats, "--repeats")
         options.check_output_file(json_file)
-        loaded, tokenizer = open_model(model, routers, share, dtype)
+        loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.benchmark import cut_prompts, run
         from dynadepth.report.stamp import stamp
 

@@ -15,6 +15,7 @@ def evaluate(
     model: options.Model,
     routers: options.Routers = None,
     budget: options.Budget = None,
+    control: options.Control = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +52,7 @@ def evaluate(
         options.check_at_least_one(limit, "--limit")
         options.check_at_least_one(max_windows, "--max-windows")
         options.check_output_file(json_file)
-        loaded, tokenizer = open_model(model, routers, share, dtype)
+        loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.evaluation import evaluate as score
         from dynadepth.report.stamp import stamp
 
@@ -101,6 +102,7 @@ def show(results: dict[str, Any]) -> None:
     if results["keep_ratio"] is not None:
         rows.append(("executed, of the routed sites", percent(results["keep_ratio"]["routed"])))
         rows.append(("executed, of all sublayers of the target", percent(results["keep_ratio"]["all"])))
+        rows.append(("executions of them, repeats counted twice", number(results["depth"], 2)))
         rows.append(("FLOPs of the dense model", percent(results["flops_share"])))
         rows.append(("KV bytes of the dense model", percent(results["kv_share"])))
     if rows:

@@ -49,7 +49,8 @@ def frontier(
         typer.Option(
             "--data",
             metavar="SOURCE|METHOD=SOURCE",
-            help="Tuning data, of all methods or of one: FILE, NAME or self. (default: the recipe's)",
+            help="Tuning data, of all methods or of one: FILE, NAME or self; of drllm searched routes. (default: the "
+            "recipe's; without routes, drllm is left out)",
         ),
     ] = None,
     max_samples: Annotated[
@@ -77,9 +78,10 @@ def frontier(
 
         require_extra()
         known = [row.name for row in ROWS]
-        names = options.parse_names(methods) or known
-        chosen(names)
         common, single = parse_data(data or [], known)
+        every = [row.name for row in ROWS if row.needs is None or row.needs in single]
+        names = options.parse_names(methods) or every
+        chosen(names)
         settings = Settings(
             model=model,
             methods=tuple(names),

@@ -17,6 +17,7 @@ def generate(
     model: options.Model,
     routers: options.Routers = None,
     budget: options.Budget = None,
+    control: options.Control = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to answer; may be repeated.")
     ] = None,
@@ -43,7 +44,7 @@ def generate(
         from dynadepth.report.samples import answers, read_prompts
 
         texts = list(prompt or []) or read_prompts(Path(str(prompts)))
-        loaded, tokenizer = open_model(model, routers, share, dtype)
+        loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.architectures import decoder_layers
         from dynadepth.report.stamp import stamp
 
@@ -55,7 +56,7 @@ def generate(
 
 def show(outputs: list[dict[str, Any]], n_layers: int, show_route: bool) -> None:
     """Prints the answers; of several, each behind its prompt."""
-    from dynadepth.report.routes import LEGEND, strip
+    from dynadepth.report.routes import LEGEND, depth_of, strip
 
     console = out()
     for output in outputs:
@@ -65,6 +66,8 @@ def show(outputs: list[dict[str, Any]], n_layers: int, show_route: bool) -> None
         if show_route and output["route"] is not None:
             keep = output["keep_ratio"]
             kept = f"{percent(keep['all'])} of all, {percent(keep['routed'])} of the routed sites"
+            if any(passes > 1 for passes in output["route"].values()):
+                kept += f"; {depth_of(output['route'], n_layers):.0f} executions for {n_layers} layers"
             console.print(Text(f"{strip(output['route'], n_layers)}  {kept}", style="cyan"))
         elif show_route:
             console.print(Text(f"{'·' * n_layers}  dense: no routers, everything executes", style="cyan"))

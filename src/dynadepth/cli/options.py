@@ -29,6 +29,14 @@ Budget = Annotated[
         "on this machine, such as 1.3x (of 1,024 + 64 tokens) or 1.3x@2048+64.",
     ),
 ]
+Control = Annotated[
+    float | None,
+    typer.Option(
+        "--control",
+        metavar="P",
+        help="Shift the routers' choice: from -1 (skip nothing) over 0 (their own) to 1 (skip everything).",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file as JSON.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="NAME", help="auto (the checkpoint's), float32, bfloat16 or float16.")

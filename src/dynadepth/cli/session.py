@@ -93,7 +93,11 @@ def quiet_libraries() -> None:
 
 
 def open_model(
-    name: str, routers: Path | None = None, budget: float | Speed | None = None, dtype: str = "auto"
+    name: str,
+    routers: Path | None = None,
+    budget: float | Speed | None = None,
+    dtype: str = "auto",
+    control: float | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on its device, with its routers at their budget where they are given, and its tokenizer.
 
@@ -101,11 +105,15 @@ def open_model(
     """
     if budget is not None and routers is None:
         raise ConfigError(f"--budget {budget} needs --routers: a model without routers executes everything.")
+    if control is not None and routers is None:
+        raise ConfigError(f"--control {control} needs --routers: a model without routers executes everything.")
+    if control is not None and budget is not None:
+        raise ConfigError("--budget and --control both set the routers' thresholds: give one of them.")
     with progress(f"loading {name}"):
         import torch
 
         from dynadepth import adapter, hub
-        from dynadepth.model import load, set_budget
+        from dynadepth.model import load, set_budget, set_control
         from dynadepth.routed import routing_of
 
         quiet_libraries()
@@ -118,6 +126,8 @@ def open_model(
             load(model, routers)
             if isinstance(budget, float):
                 set_budget(model, **{routing_of(model).target.name: budget})
+            if control is not None:
+                set_control(model, control)
     if isinstance(budget, Speed):
         from dynadepth.benchmark import set_speedup
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from dynadepth.cli import options
 from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, say, table
+from dynadepth.errors import ConfigError
 
 
 def tune(
@@ -25,16 +27,28 @@ def tune(
             help="JSON Lines, a `datasets` name, or `self`: needs no data. (default: the recipe's)",
         ),
     ] = None,
+    routes: Annotated[
+        Path | None,
+        typer.Option(
+            "--routes", metavar="FILE", help="Searched routes to learn from (`dynadepth search`), for --method drllm."
+        ),
+    ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="FILE|NAME", help="Settings: a YAML file, or a recipe's name.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE|NAME",
+            help="Settings: a YAML file, or a recipe's name. (default: default; with --routes, drllm-paper)",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
             metavar="NAME",
-            help="mindskip, static (one route for every input), or auto: tunes the recipe's method, and saves a static "
-            "route with its skip paths unless the routers are better on held-out text. (default: the recipe's)",
+            help="mindskip, static (one route for every input), drllm (with --routes), or auto: tunes the recipe's "
+            "method, and saves a static route with its skip paths unless the routers are better on held-out text. "
+            "(default: the recipe's)",
         ),
     ] = None,
     budget: Annotated[
@@ -72,6 +86,8 @@ def tune(
     """Tune routers, or a static route, for a frozen model and save them, ready for every budget."""
 
     def interrupted() -> str:
+        if routes is not None:
+            return f"{out_dir} holds the best routers so far, if an epoch was over; the same command starts anew."
         if (out_dir / "routing_config.json").is_file():
             return f"the last routers saved are in {out_dir}; the same command goes on from the last checkpoint."
         return f"no routers were saved in {out_dir} yet; the same command goes on from where it was."
@@ -81,9 +97,19 @@ def tune(
         options.check_at_least_one(max_samples, "--max-samples")
         options.check_at_least_one(lora, "--lora")
         options.check_output_folder(out_dir)
-        from dynadepth.tuning.recipe import load_recipe
+        from dynadepth.tuning.recipe import DEFAULT, load_recipe
 
-        settings = load_recipe(recipe)
+        if routes is not None:
+            given: dict[str, object] = {
+                "--data": data,
+                "--budget": budget,
+                "--target": target,
+                "--granularity": granularity,
+            }
+            given |= {"--kv-policy": kv_policy, "--lora": lora}
+            _from_routes(model, routes, out_dir, recipe, method, max_samples, seed, given)
+            return
+        settings = load_recipe(recipe or DEFAULT)
         if method == "auto":
             settings = replace(settings, choose=True)
         elif method is not None:
@@ -165,6 +191,64 @@ def tune(
             "--show-route",
         ]
         console.print(Text(f"Routers saved in {out_dir}. Next:\n  {shlex.join(words)}"))
+
+
+def _from_routes(
+    model: str,
+    routes: Path,
+    out_dir: Path,
+    recipe: str | None,
+    method: str | None,
+    max_samples: int | None,
+    seed: int,
+    others: Mapping[str, object],
+) -> None:
+    from dynadepth.tuning.route_recipe import DEFAULT, load_route_recipe
+
+    idle = [name for name, value in others.items() if value is not None]
+    if idle:
+        raise ConfigError(f"{', '.join(idle)} cannot be set together with --routes, which say what every layer does.")
+    settings = load_route_recipe(recipe or DEFAULT)
+    if method is not None:
+        settings = replace(settings, method={**settings.method, "method": method})
+    settings.config()  # what is wrong is said now
+    loaded, tokenizer = open_model(model)
+    from dynadepth.report.stamp import sign
+    from dynadepth.tuning.from_routes import tune_from_routes
+
+    with progress(f"tuning routers on {routes}") as tell:
+        result = tune_from_routes(
+            loaded,
+            tokenizer,
+            routes,
+            settings,
+            out=out_dir,
+            max_samples=max_samples,
+            seed=seed,
+            progress=lambda stage, done, total, figures: tell(_line(stage, done, total, figures)),
+        )
+    sign(loaded, out_dir, model, seed)
+    console = out()
+    grid = table(
+        f"Tuned {result.n_trainable:,} parameters on {result.n_train} routes in {result.seconds:.0f} s, best at epoch "
+        f"{result.best_epoch} of {result.epochs}",
+        f"{result.n_heldout} held-out routes",
+        "always execute",
+        "commonest of the layer",
+        "routers",
+    )
+    predictors = (result.always_execute, result.commonest, result.scores)
+    grid.add_row("macro-F1", *(number(one.macro_f1) for one in predictors))
+    grid.add_row("layers predicted rightly", *(percent(one.accuracy) for one in predictors))
+    for name in result.scores.classes:
+        for figure in ("precision", "recall"):
+            grid.add_row(f"{name}: {figure}", *(percent(getattr(one.classes[name], figure)) for one in predictors))
+    console.print(grid)
+    depths = f"{result.depth_labelled:.2f} layers in the held-out routes, {result.depth_routed:.2f} as routed"
+    counts = ", ".join(f"{name} {count:,}" for name, count in result.labels.items())
+    console.print(Text(f"{depths}; trained on {counts}"))
+    words = ["dynadepth", "generate", model, "--routers", str(out_dir), "--prompt", "Why is the sky blue?"]
+    console.print(Text(f"Routers saved in {out_dir}. Next:\n  {shlex.join([*words, '--show-route'])}"))
 
 
 def _line(stage: str, done: int, total: int, figures: dict[str, float]) -> str:

@@ -57,7 +57,8 @@ def evaluate(
     window) and, with `compare_dense`, `kl` of each window.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
-    (prefill), `flops_share` and `kv_share` those of the whole model, for sequences of their mean length.
+    (prefill), `depth` their mean executions of the target's sublayers (repeats count twice), `flops_share` and
+    `kv_share` those of the whole model, for sequences of their mean length.
 
     Raises `DataError` for files and names that cannot be scored, `ConfigError` where there is nothing to do.
     """
@@ -168,12 +169,13 @@ def _block(results: Mapping[str, TaskResult], measured: Mapping[str, Perplexity]
 def _spent(model: Any, record: Recorder, length: int) -> dict[str, Any]:
     keep = record.keep_ratio("prefill") if is_attached(model) else None
     if keep is None:
-        return {"keep_ratio": None, "flops_share": None, "kv_share": None}
+        return {"keep_ratio": None, "depth": None, "flops_share": None, "kv_share": None}
     from dynadepth.cost import flops_share, kv_share
 
-    sites = record.site_keep("prefill")
+    sites = record.site_passes("prefill")
     return {
         "keep_ratio": {"routed": keep.routed, "all": keep.all},
+        "depth": record.depth("prefill"),
         "flops_share": flops_share(model, sites, length).model,
         "kv_share": kv_share(model, sites, length),
     }

@@ -135,8 +135,12 @@ class Tuned(Maker):
             read_files(bench, name, self.made())
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
-        folder = bench.routers(name, self.made())
+        folder = self.folder(bench, name)
         return [Part(lambda: loaded(bench.model, folder, budget))]
+
+    def folder(self, bench: Workbench, name: str) -> Path:
+        """Of the routers, tuned now if need be."""
+        return bench.routers(name, self.made())
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class TwinOf(Maker):
         order = [layer for layer in in_order(scores) if layer in routed]
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
         counts = mixture(keep, bench.n_layers, len(order), TOLERANCE)
-        return [Part(_fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
+        return [Part(fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
 
 
 def check_reach(name: str, budget: float, n_layers: int, most: int, reached: bool) -> None:
@@ -205,9 +209,11 @@ def loaded(model: PreTrainedModel, folder: Path, budget: Budget) -> Iterator[Pre
         detach(model)
 
 
-def _fixed(
+def fixed(
     model: PreTrainedModel, folder: Path, skip: frozenset[int]
 ) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+    """Opens the model with the skip paths of saved routers, and one route for every input."""
+
     @contextmanager
     def opened() -> Iterator[PreTrainedModel]:
         with loaded(model, folder, None):

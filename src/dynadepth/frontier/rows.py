@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dynadepth.errors import ConfigError, did_you_mean
 from dynadepth.frontier.makers import Dense, Maker, RandomPerInput, Tuned, TwinOf
+from dynadepth.frontier.searched import RandomBeside, Searched, StaticBeside
 from dynadepth.frontier.shuffled import Shuffled
 from dynadepth.frontier.static import Static
 from dynadepth.report.cells import DENSE
@@ -24,10 +25,17 @@ class Row:
     @property
     def of(self) -> str | None:
         """The row that this one is compared with, whose cells are measured before."""
-        return self.maker.of if isinstance(self.maker, TwinOf | Shuffled) else None
+        return self.maker.of if isinstance(self.maker, TwinOf | Shuffled | StaticBeside | RandomBeside) else None
+
+    @property
+    def needs(self) -> str | None:
+        """The row whose own data (`--data NAME=FILE`) this one cannot do without."""
+        if isinstance(self.maker, Searched):
+            return self.name
+        return None if self.of is None else row_named(self.of).needs
 
 
-DEFAULT = Tuned("default")
+DEFAULT, DRLLM = Tuned("default"), Searched("drllm-paper")
 IDENTITY = {"method": {"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"}, "joint": 1.0}
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
@@ -77,6 +85,18 @@ ROWS = (
         "default-token",
         "the default recipe at token granularity; skipped tokens keep their keys and values",
         Tuned("default", method={"granularity": "token"}),
+    ),
+    Row("drllm", "Dr.LLM: layers skipped, executed or repeated, by routers tuned on searched routes", DRLLM),
+    Row(
+        "drllm-static",
+        "the static route that skips as many layers as drllm, those that it runs least",
+        StaticBeside("drllm", DRLLM),
+    ),
+    Row("drllm-random", "each input skips random layers, as many as drllm", RandomBeside("drllm", DRLLM)),
+    Row(
+        "drllm-shuffled",
+        "the routers of drllm, every input under the route that they chose for another one",
+        Shuffled("drllm", DRLLM),
     ),
 )
 """In the order of the table."""

@@ -76,7 +76,7 @@ def measured(
         },
         "tasks": tasks,
         "rows": rows,
-        "site_keep": {str(site): share for site, share in record.site_keep("prefill").items()},
+        "site_keep": {str(site): share for site, share in record.site_passes("prefill").items()},
         "routes": _routes(model, record),
         "kinds": kinds,
         "samples": samples,
@@ -142,6 +142,7 @@ def _spent(results: Mapping[str, Any]) -> dict[str, Any]:
     bare = results["keep_ratio"] is None
     return {
         "keep_ratio": WHOLE if bare else results["keep_ratio"],
+        "depth": None if bare else results["depth"],
         "flops_share": 1.0 if bare else results["flops_share"],
         "kv_share": 1.0 if bare else results["kv_share"],
     }

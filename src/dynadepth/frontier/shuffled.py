@@ -19,6 +19,7 @@ from torch import nn
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier.makers import Budget, Maker, Part, Tuned, loaded
 from dynadepth.frontier.scoring import Tell, measured
+from dynadepth.frontier.searched import Searched
 from dynadepth.frontier.settings import Settings
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.model import fixed_routes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = tuple[int, ...]
-Route = dict[Site, bool]
+Route = dict[Site, int]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Shuffled(Maker):
 
     of: str
     """The tuned row's name: its cells come first."""
-    row: Tuned
+    row: Tuned | Searched
 
     def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
         return self.row.budgets(name, asked, n_layers)
@@ -52,7 +53,7 @@ class Shuffled(Maker):
         self.row.ready(bench, self.of)
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
-        folder = bench.routers(self.of, self.row.made())
+        folder = self.row.folder(bench, self.of)
         scored = partial(shuffled, tokenizer=bench.tokenizer, settings=bench.settings, tell=bench.tell)
         return [Part(lambda: loaded(bench.model, folder, budget), scored=scored)]
 

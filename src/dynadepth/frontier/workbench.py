@@ -127,9 +127,10 @@ class Workbench:
 
     def is_tuned(self, row: str, recipe: Recipe) -> bool:
         """Are the method's routers finished? Raises `ConfigError` where they are, with other settings."""
-        return self._is_made(row, self.tuning_settings(row, recipe))
+        return self.is_made(row, self.tuning_settings(row, recipe))
 
-    def _is_made(self, row: str, settings: dict[str, Any]) -> bool:
+    def is_made(self, row: str, settings: dict[str, Any]) -> bool:
+        """Is what the method learnt finished? Raises `ConfigError` where it is, with other settings."""
         folder = self.out / ROUTERS / row
         try:
             made = adapter.read(folder)[0].get("provenance") or {}
@@ -175,7 +176,7 @@ class Workbench:
 
     def is_fitted(self, row: str, recipe: Recipe, config: StaticConfig) -> bool:
         """Are the method's skip paths fitted? Raises `ConfigError` where they are, with other settings."""
-        return self._is_made(row, self.fit_settings(row, recipe, config))
+        return self.is_made(row, self.fit_settings(row, recipe, config))
 
     def paths(self, row: str, recipe: Recipe, config: StaticConfig) -> Path:
         """The folder of skip paths fitted in closed form at every site of `config`, now if need be: on as many of the

@@ -40,6 +40,8 @@ class DepthConfig(ABC):
     """Does it want to know what the gates of mixtures of experts assign?"""
     has_thresholds: ClassVar[bool] = True
     """Do thresholds on its routers' logits say how much executes, so that budgets can be set?"""
+    from_routes: ClassVar[bool] = False
+    """Do the routers learn from given routes, and not from what the model answers?"""
 
     target: str = "attention"
     """`attention`, `mlp` or `block`."""

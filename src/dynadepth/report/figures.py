@@ -75,13 +75,15 @@ def grouped(groups: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]
 
 
 def layer_map(rows: Sequence[tuple[str, Sequence[float | None], str]]) -> Figure:
-    """One strip a row of (label, share executed a layer, key of its colour): full where it executes, faint where it is
-    skipped, hatched with a dot where nothing is routed (None)."""
+    """One strip a row of (label, executions a layer, key of its colour): full where it executes, faint where it is
+    skipped, with a bar of ink as far as it repeats, and with a dot where nothing is routed (None)."""
     figure, axes = new(height=0.7 + 0.3 * len(rows))
     for place, (_, shares, key) in enumerate(rows):
         for layer, share in enumerate(shares):
-            filled = 1.0 if share is None else share
+            filled = 1.0 if share is None else min(share, 1.0)
             axes.barh(place, 0.86, left=layer - 0.43, height=0.72, color=COLOURS[key], alpha=0.1 + 0.9 * filled)
+            if share is not None and share > 1:
+                axes.barh(place, 0.86 * (share - 1), left=layer - 0.43, height=0.2, color=COLOURS["ink"])
             if share is None:
                 axes.plot(layer, place, marker=".", markersize=2, color=COLOURS["ink"])
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])

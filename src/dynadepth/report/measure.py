@@ -38,7 +38,7 @@ def on_text(
     """
     with recording() as record:
         found = divergence(model, tokenizer, text, max_windows=windows, batch_size=2, progress=detail)
-    keep, sites = record.keep_ratio("prefill"), record.site_keep("prefill")
+    keep, sites = record.keep_ratio("prefill"), record.site_passes("prefill")
     assert keep is not None, "a routed model"
     routed: Figures = {
         "nll": found.routed.nll,

@@ -11,13 +11,14 @@ from typing import Any
 from dynadepth.routing.decision import KeepRatio, Site
 
 LEGEND = (
-    "■ executed  □ skipped  ▂▄▆ executed for some of the tokens  · not routed, always executes; layer 0 is on the left"
+    "■ executed  ▣ executed twice  □ skipped  ▂▄▆ executed for some of the tokens  · not routed, always executes; "
+    "layer 0 is on the left"
 )
 _PARTLY = "▁▂▃▄▅▆▇"
 
 
 def strip(route: Mapping[str, float], n_layers: int) -> str:
-    """`■■□·`: one mark a layer for `{"2.attention": share executed}`; `LEGEND` says what they mean."""
+    """`■■□·`: one mark a layer for `{"2.attention": executions per unit}`; `LEGEND` says what they mean."""
     by_layer = {Site.parse(site).layer: share for site, share in route.items()}
     return "".join(_mark(by_layer.get(layer)) for layer in range(n_layers))
 
@@ -26,14 +27,19 @@ def _mark(share: float | None) -> str:
     if share is None:
         return "·"
     if share >= 1:
-        return "■"
+        return "■" if share == 1 else "▣"
     return "□" if share <= 0 else _PARTLY[min(int(share * len(_PARTLY)), len(_PARTLY) - 1)]
 
 
 def keep_of(route: Mapping[str, float], n_layers: int) -> KeepRatio:
     """Of one sequence: executed over routed sites, and over all sublayers of the target."""
-    executed = sum(route.values())
+    executed = sum(min(passes, 1.0) for passes in route.values())
     return KeepRatio(executed / len(route), (executed + n_layers - len(route)) / n_layers)
+
+
+def depth_of(route: Mapping[str, float], n_layers: int) -> float:
+    """Executions of the target's sublayers in one sequence: layers, repeats counted twice."""
+    return sum(route.values()) + n_layers - len(route)
 
 
 def told(keep: Mapping[str, float] | None, mean: float | None) -> tuple[str, bool]:
@@ -76,7 +82,7 @@ def span_of(answers: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def variety(sequences: Sequence[Mapping[Site, float]], sticky: bool) -> dict[str, Any]:
-    """How dynamic routing was, of the shares executed per site of each sequence (`Recorder.sequences`).
+    """How dynamic routing was, of the executions per site of each sequence (`Recorder.sequences`).
 
     `sequences`: their number; `distinct`: different routes among them; `entropy`: of the routes' distribution, in bits
     (0: one route for all; at most log2 of `sequences`); `agreement`: the share of the sites on which two sequences
@@ -95,12 +101,18 @@ def variety(sequences: Sequence[Mapping[Site, float]], sticky: bool) -> dict[str
 
 
 def _agreement(sequences: Sequence[Mapping[Site, float]]) -> float | None:
-    """Mean over sites and pairs of p·q + (1 − p)·(1 − q), where the two execute shares p and q of their units."""
+    """Mean over sites and pairs of the probability that two units do the same: skip, execute or repeat.
+
+    Of units that execute x times on average those skip that `max(1 - x, 0)` says, and repeat `max(x - 1, 0)`.
+    """
     count = len(sequences)
     if count < 2 or not sequences[0]:
         return None
     total = 0.0
     for site in sequences[0]:
-        for shares in ([row[site] for row in sequences], [1 - row[site] for row in sequences]):
+        skips = [max(1 - row[site], 0.0) for row in sequences]
+        repeats = [max(row[site] - 1, 0.0) for row in sequences]
+        once = [1 - skip - repeat for skip, repeat in zip(skips, repeats, strict=True)]
+        for shares in (skips, once, repeats):
             total += sum(shares) ** 2 - sum(share**2 for share in shares)
     return total / (len(sequences[0]) * count * (count - 1))

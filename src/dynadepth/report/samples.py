@@ -28,11 +28,11 @@ def answers(
     """What the model writes to each prompt, greedily, as one left-padded batch: the `outputs` of `generate --json`.
 
     A prompt is set in the tokenizer's chat template where there is one, else continued. Each entry has `prompt`,
-    `text`, `tokens` (the new token ids, up to and with the one that ends the text), `route` (per site the share of the
-    prompt's units that executed: 0 or 1 at sequence granularity) and `keep_ratio` of that route; the last two are None
-    for a dense model. At token granularity it has `depth`: the text in pieces, each with the share of the routed sites
-    that executed for its token; None for the last one, which was written and not read. Raises `DataError` for a prompt
-    without any token.
+    `text`, `tokens` (the new token ids, up to and with the one that ends the text), `route` (per site the executions
+    per unit of the prompt: 0, 1 or, repeated, 2 at sequence granularity) and `keep_ratio` of that route; the last two
+    are None for a dense model. At token granularity it has `depth`: the text in pieces, each with the share of
+    the routed sites that executed for its token; None for the last one, which was written and not read. Raises
+    `DataError` for a prompt without any token.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")

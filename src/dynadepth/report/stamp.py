@@ -36,6 +36,7 @@ def stamp(
             "config": routing.config.to_dict(),
             "budget": routing.budget,
             "speedup": routing.speedup,
+            "control": routing.control,
             "lora": None if routing.lora is None else routing.lora.facts(),
         }
     return out

@@ -1,9 +1,9 @@
 """`RoutedCache`: the ordinary `DynamicCache`, whose layers hold the rows (or tokens) that executed and nothing else.
 
-It differs from its base in four things. The true token count (`seen`) answers for lengths and mask sizes, since a
+It differs from its base in five things. The true token count (`seen`) answers for lengths and mask sizes, since a
 skipped layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the
 keys and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions
-(`SparseLayer`).
+(`SparseLayer`). What a repeated layer stores in its second pass lies in a layer of its own, behind those of the model.
 
 An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags. Only a forward of the
 routed model that it was adopted by can fill it.
@@ -11,6 +11,7 @@ routed model that it was adopted by can fill it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +36,8 @@ class RoutedCache(DynamicCache):
     """What is routed, and how keys are kept: forwards with another layout cannot read this cache."""
     stored_rows: dict[int, list[int]]
     """Logical rows held by a layer, in storage order; a layer that is not a key holds every row."""
+    slots: dict[int, int]
+    """Where the second pass of a repeated layer is stored: index in `layers`, by the layer's."""
     memories: Memories
     """What skip paths remember."""
 
@@ -65,7 +68,7 @@ class RoutedCache(DynamicCache):
             cache.layer_class_to_replicate = None
         cache.__class__ = cls
         assert isinstance(cache, RoutedCache)
-        cache.seen, cache.book, cache.stored_rows, cache.layout = 0, RouteBook(), {}, layout
+        cache.seen, cache.book, cache.stored_rows, cache.layout, cache.slots = 0, RouteBook(), {}, layout, {}
         cache.memories = Memories(any(getattr(layer, "record_past", False) for layer in cache.layers))
         for index in sparse_layers:
             if index < len(cache.layers):  # an early exit makes caches of fewer layers
@@ -76,10 +79,11 @@ class RoutedCache(DynamicCache):
         """Turns this cache, which must be empty, back into the `DynamicCache` it was, for a dense forward to fill."""
         if self.seen:
             self.refuse("a dense forward needs an empty one")
+        del self.layers[len(self.layers) - len(self.slots) :]
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SparseLayer):
                 self.layers[index] = layer.like
-        for name in ("seen", "book", "stored_rows", "layout", "memories"):
+        for name in ("seen", "book", "stored_rows", "layout", "slots", "memories"):
             delattr(self, name)
         self.__class__ = DynamicCache  # type: ignore[assignment]  # the same layout
 
@@ -128,6 +132,15 @@ class RoutedCache(DynamicCache):
             # the base class fetches the next layer ahead, which a skipped layer before this one did not
             layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def second_slot(self, layer_idx: int) -> int:
+        """Index of the cache layer of a repeated layer's second pass, which is made when first asked for."""
+        if layer_idx not in self.slots:
+            self.slots[layer_idx] = len(self.layers)
+            slot = copy.copy(self.layers[layer_idx])  # the same kind, window and flags
+            slot.reset()
+            self.layers.append(slot)
+        return self.slots[layer_idx]
 
     def admit(self, layer_idx: int, rows: Sequence[int]) -> None:
         """Declares the logical rows that a layer holds from now on. Rows that join late (they saw only padding so far,
@@ -229,8 +242,8 @@ class RoutedCache(DynamicCache):
     # ---- accounting
 
     @property
-    def routes(self) -> dict[Any, list[bool]]:
-        """Sticky decisions per site and logical row (sequence granularity)."""
+    def routes(self) -> dict[Any, list[int]]:
+        """Sticky decisions (how often it executes) per site and logical row (sequence granularity)."""
         return self.book.routes
 
     def reserved_bytes(self) -> int:

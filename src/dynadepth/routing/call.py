@@ -73,6 +73,12 @@ class SublayerCall:
             call.kwargs["attention_mask"] = mask
         return call
 
+    def with_hidden(self, hidden: Tensor) -> SublayerCall:
+        """The same call for other states `[B, T, D]`."""
+        if self.args:
+            return SublayerCall(self.forward, (hidden, *self.args[1:]), self.kwargs)
+        return SublayerCall(self.forward, (), {**self.kwargs, "hidden_states": hidden})
+
     def with_cache(self, cache: Any) -> SublayerCall:
         """The same call writing its keys and values to `cache`."""
         name = next((name for name in CACHE_NAMES if name in self.kwargs), CACHE_NAMES[0])

@@ -21,7 +21,8 @@ from dynadepth.routing.skip_path import Memory, Reality
 if TYPE_CHECKING:
     from dynadepth.routing.cache import RoutedCache
 
-Injection = bool | Tensor | list[bool]
+Injection = int | Tensor | list[bool] | list[int]
+"""A given decision: one for all units, or one each. Whole numbers say how often a unit executes (0, 1, 2)."""
 
 
 @dataclass
@@ -34,9 +35,10 @@ class ForwardContext:
     alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is a
     part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
-    attention recorded, or is them (it did not run). `after_norm[site]` finishes a site behind its post-norm.
-    `unpadded`: it was learnt that every token is real. `gates[layer]`: what the gate of a mixture chose just now.
-    `running[layer]`: of the tokens gathered for a routed block, which ones execute (bool), for its gate.
+    attention recorded, or is them (it did not run); `attention_again[layer]` puts those of a second pass in their
+    place. `after_norm[site]` finishes a site behind its post-norm. `unpadded`: it was learnt that every token is real.
+    `gates[layer]`: what the gate of a mixture chose just now. `running[layer]`: of the tokens gathered for a routed
+    block, which ones execute (bool), for its gate.
     """
 
     owner: Any
@@ -54,6 +56,7 @@ class ForwardContext:
     injected: Mapping[Site, Injection] | None = None
     whole: frozenset[Site] = frozenset()
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
+    attention_again: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)
     unpadded: bool = False
     gates: dict[int, Assignments] = field(default_factory=dict)
@@ -90,7 +93,7 @@ class ForwardContext:
 
     # ---- decisions
 
-    def to_host(self, execute: Tensor | list[bool]) -> list[bool]:
+    def to_host(self, times: Tensor | list[int]) -> list[int]:
         """Decisions `[B]` as a list. The first call of a forward learns in the same transfer which rows decide now, and
         whether every token is pooled, so that the sites above need not mask."""
         trace, undecided = self.trace, self.book.decided
@@ -100,13 +103,13 @@ class ForwardContext:
             assert self.token_mask is not None
             real = self.token_mask.any(1)
             whole = torch.ones_like(real) if self.pool_mask is None else self.pool_mask.all(1)
-            asked = [real, whole] if isinstance(execute, list) else [execute, real, whole]
+            asked = [real, whole] if isinstance(times, list) else [times, real, whole]
             *decided, has_token, pooled = torch.stack(asked).tolist()
-            trace.fresh = [not d and has for d, has in zip(undecided, has_token, strict=True)]
+            trace.fresh = [not d and bool(has) for d, has in zip(undecided, has_token, strict=True)]
             if all(pooled):
                 self.pool_mask, self.unpadded = None, True
-            return execute if isinstance(execute, list) else decided[0]
-        return execute if isinstance(execute, list) else execute.tolist()
+            return times if isinstance(times, list) else decided[0]
+        return times if isinstance(times, list) else times.tolist()
 
 
 _current: ContextVar[ForwardContext | None] = ContextVar("dynadepth_forward", default=None)

@@ -54,6 +54,7 @@ class RoutingDecision:
 
     `execute`: bool, `[B]` or `[B, T]`. `logits`: float32 of the same shape, None where nothing was computed (an
     injected or sticky decision). `gate`: float32, exactly 0 or 1 with a gradient to the logits; only while training.
+    `repeat`: bool `[B]`, which of those that execute do so twice; None where none can.
     `weight`: float32 of the same shape, with gradient: the factor of what executing units contribute; None: 1.
     Where tokens of a sequence compete (see `expert_choice`), `top` says which of them win, and `causal` which ones
     the logits alone would let execute, as in generation; None elsewhere.
@@ -65,6 +66,19 @@ class RoutingDecision:
     weight: Tensor | None = None
     top: Tensor | None = None
     causal: Tensor | None = None
+    repeat: Tensor | None = None
+
+    @staticmethod
+    def of(times: Tensor) -> RoutingDecision:
+        """A given decision: bool, or whole numbers that say how often each unit executes (0, 1, 2)."""
+        if times.dtype == torch.bool:
+            return RoutingDecision(times)
+        return RoutingDecision(times > 0, repeat=times > 1)
+
+    @property
+    def times(self) -> Tensor:
+        """How often each unit executes: bool where none can repeat, else int64 of 0, 1 and 2."""
+        return self.execute if self.repeat is None else self.execute.long() + self.repeat
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class Assignments:
 @dataclass(frozen=True)
 class KeepRatio:
     """Executed (unit, site) pairs over all pairs: of the routed sites, and of all sublayers of the target in the
-    model."""
+    model. A pair that executes twice counts once."""
 
     routed: float
     all: float
@@ -118,9 +132,9 @@ class KeepRatio:
 class RoutingTrace:
     """The decisions of one forward.
 
-    `decisions` holds what the routers computed; `routes` the route in force per row (sequence granularity, host side);
-    `token_mask` bool `[B, T]` marks real tokens (None: all are). `fresh` marks rows whose route was decided in this
-    forward. `prefill` is False where only sticky or single-token continuation decisions were used.
+    `decisions` holds what the routers computed; `routes` how often each row executes (sequence granularity, host side:
+    bools, or 0, 1 and 2); `token_mask` bool `[B, T]` marks real tokens (None: all are). `fresh` marks rows whose route
+    was decided in this forward. `prefill` is False where only sticky or single-token continuation decisions were used.
     """
 
     n_layers: int
@@ -131,7 +145,7 @@ class RoutingTrace:
     decisions: dict[Site, RoutingDecision] = field(default_factory=dict)
     assignments: dict[int, Assignments] = field(default_factory=dict)
     """By layer, where a method watches the gates of mixtures of experts."""
-    routes: dict[Site, list[bool]] = field(default_factory=dict)
+    routes: dict[Site, list[int]] = field(default_factory=dict)
     fresh: list[bool] | None = None
 
     def record(self, site: Site, decision: RoutingDecision) -> None:

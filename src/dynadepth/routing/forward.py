@@ -263,7 +263,7 @@ def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: d
         context.book.decided = [old or new for old, new in zip(context.book.decided, trace.fresh, strict=True)]
     if context.cache is not None:
         context.cache.advance(trace.tokens)
-    if context.attention_fixes and getattr(outputs, "attentions", None) is not None:
+    if (context.attention_fixes or context.attention_again) and getattr(outputs, "attentions", None) is not None:
         outputs["attentions"] = _whole_attentions(context, outputs.attentions)
     loss = None
     if context.masked and context.penalised:
@@ -291,7 +291,9 @@ def _whole_attentions(context: ForwardContext, recorded: tuple[Tensor, ...]) -> 
     whole = []
     for layer in range(context.trace.n_layers):
         fix = context.attention_fixes.get(layer, _same)
-        whole.append(fix if isinstance(fix, Tensor) else fix(next(entries)))
+        entry = fix if isinstance(fix, Tensor) else fix(next(entries))
+        again = context.attention_again.get(layer)
+        whole.append(entry if again is None else again(entry, next(entries)))
     return tuple(whole)
 
 

@@ -18,6 +18,8 @@ from dynadepth.routing.context import ForwardContext, Injection
 from dynadepth.routing.decision import RoutingDecision
 from dynadepth.routing.expert_choice import ChoosingRouter
 from dynadepth.routing.registry import named_subclass
+from dynadepth.routing.repeat import run_again
+from dynadepth.routing.windows import pool_windows
 
 if TYPE_CHECKING:
     from dynadepth.routing.sublayer import SublayerState
@@ -48,12 +50,15 @@ class Granularity(ABC):
         """The injected, constant or computed decision of this forward, recorded in its trace."""
         known = state.known(context)
         if known is not None:
-            decision = RoutingDecision(self.expand(known, hidden))
+            decision = RoutingDecision.of(self.expand(known, hidden))
         else:
             refuse_reentrant(context)
             if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
                 hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
-            pooled = self.pool(hidden, context)
+            if state.router.windows == 1:
+                pooled = self.pool(hidden, context)
+            else:
+                pooled = pool_windows(hidden, pooled_tokens(context), state.router.windows)
             if context.choosing and isinstance(state.router, ChoosingRouter):
                 decision = state.router.choose(pooled, context.token_mask, context.trace.decisions.get(state.site))
             else:
@@ -67,7 +72,7 @@ class Granularity(ABC):
 
     @abstractmethod
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
-        """A given decision (one bool, or one per unit) as a bool tensor of this granularity's shape."""
+        """A given decision (one for all, or one per unit) as a tensor of this granularity's shape."""
 
 
 def refuse_reentrant(context: ForwardContext) -> None:
@@ -79,9 +84,15 @@ def refuse_reentrant(context: ForwardContext) -> None:
         )
 
 
-def _as_bool(value: Injection, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=torch.bool, device=hidden.device)
-    return tensor.expand(shape)
+def pooled_tokens(context: ForwardContext) -> Tensor | None:
+    """The tokens that a sequence-level router pools, bool `[B, T]`; None for all. ConfigError where padding may
+    be among them."""
+    if context.padding_unknown:
+        raise ConfigError(
+            "A sequence-level route must not pool padding, and this attention mask does not say which tokens are "
+            "padding: pass one of shape [batch, tokens], or the tokens to pool as prompt_mask."
+        )
+    return context.pool_mask
 
 
 class PerSequence(Granularity):
@@ -96,12 +107,7 @@ class PerSequence(Granularity):
         Of bfloat16 states without padding the finished sum is rounded once to bfloat16 (2^-9 of each entry): a float32
         copy of every site's input alone would cost a prefill one to two per cent. float16 could overflow.
         """
-        mask = context.pool_mask
-        if context.padding_unknown:
-            raise ConfigError(
-                "A sequence-level route must not pool padding, and this attention mask does not say which tokens are "
-                "padding: pass one of shape [batch, tokens], or the tokens to pool as prompt_mask."
-            )
+        mask = pooled_tokens(context)
         if mask is None:
             total = hidden.sum(1) if hidden.dtype == torch.bfloat16 else hidden.float().sum(1)
             return total.float().div_(hidden.shape[1])
@@ -110,11 +116,14 @@ class PerSequence(Granularity):
         return total / mask.sum(1, keepdim=True).clamp(min=1)
 
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
-        return _as_bool(value, hidden, (hidden.shape[0],))
+        return torch.as_tensor(value, device=hidden.device).expand(hidden.shape[0])
 
     def masked(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
         decision = self.decide(state, call.hidden, context)
-        return state.select(call, call(), decision, (-1, 1, 1), context)
+        result = call()
+        if decision.repeat is not None and decision.repeat.any():
+            result = run_again(state, call, result, decision.repeat.nonzero().flatten(), context)
+        return state.select(call, result, decision, (-1, 1, 1), context)
 
     def sparse(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
         book, site, trace = context.book, state.site, context.trace
@@ -125,11 +134,13 @@ class PerSequence(Granularity):
         if rows is False:
             return state.skip_all(call, context)
         if trace.prefill and context.cache is not None and state.target.keeps_kv:
-            context.cache.admit(site.layer, [i for i, on in enumerate(book.routes[site]) if on])
-        if rows is True:
-            return state.run_all(call, context)
-        assert isinstance(rows, Tensor)
-        return self._run_rows(state, call, rows, context)
+            context.cache.admit(site.layer, [i for i, count in enumerate(book.routes[site]) if count])
+        if isinstance(rows, Tensor):
+            result = self._run_rows(state, call, rows, context)
+        else:
+            result = state.run_all(call, context)
+        again = book.repeating and book.rows(site, call.hidden.device, times=2)
+        return result if again is False else run_again(state, call, result, again, context)
 
     def _run_rows(self, state: SublayerState, call: SublayerCall, rows: Tensor, context: ForwardContext) -> Any:
         """Some rows (int64 `[n]`) execute, the others take the skip path."""
@@ -150,10 +161,10 @@ class PerSequence(Granularity):
         """Decides for the rows that have no route yet and bring a real token; one host transfer, none for known
         decisions."""
         known = state.known(context)
-        execute = [known] * len(hidden) if isinstance(known, bool) else self.decide(state, hidden, context).execute
-        flags = context.to_host(execute)
+        times = [known] * len(hidden) if isinstance(known, int) else self.decide(state, hidden, context).times
+        counts = context.to_host(times)
         assert context.trace.fresh is not None
-        context.book.write(state.site, flags, context.trace.fresh)
+        context.book.write(state.site, counts, context.trace.fresh)
 
 
 class PerToken(Granularity):
@@ -166,7 +177,7 @@ class PerToken(Granularity):
         return hidden.float()
 
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
-        return _as_bool(value, hidden, (hidden.shape[0], hidden.shape[1]))
+        return torch.as_tensor(value, dtype=torch.bool, device=hidden.device).expand(hidden.shape[:2])
 
     def masked(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
         from dynadepth.routing.expert_choice import run_top
@@ -221,9 +232,7 @@ class PerToken(Granularity):
         if count == 0:
             return state.skip_all(call, context)
         index = torch.argsort(execute.flatten().to(torch.int8), descending=True, stable=True)[:count]
-        flat = SublayerCall(call.forward, (hidden.flatten(0, 1)[index].unsqueeze(0), *call.args[1:]), call.kwargs)
-        if not call.args:
-            flat = SublayerCall(call.forward, (), {**call.kwargs, "hidden_states": flat.args[0]})
+        flat = call.with_hidden(hidden.flatten(0, 1)[index].unsqueeze(0))
         output = state.target.canvas(hidden)
         output.flatten(0, 1).index_copy_(0, index, state.hidden_of(flat())[0].to(output.dtype))
         contribution = state.contribution(hidden, context)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,7 +20,7 @@ class Recorder:
     """Keep ratios of the forwards of one thread: padding excluded, sequences weighted equally, prefill and decode
     apart.
 
-    Per site it keeps, for each sequence, executed and all units; sequences of one generation accumulate over its steps.
+    Per site it keeps, for each sequence, executions and units; sequences of one generation accumulate over its steps.
     Nothing is moved from the device before a figure is asked for.
     """
 
@@ -46,7 +47,7 @@ class Recorder:
         for site, decision in trace.decisions.items():
             if site in trace.routes:
                 continue
-            execute = decision.execute.float()
+            execute = decision.times.float()
             if execute.dim() == 3:  # assignments to experts: a token's share of its own
                 execute = execute.mean(-1)
             units = torch.ones_like(execute)
@@ -71,7 +72,7 @@ class Recorder:
         counts[site] = (executed, units)
 
     def _shares(self, phase: Phase) -> list[dict[Site, list[float]]]:
-        """Per generation: site -> share executed of each of its sequences (nan where it had no unit)."""
+        """Per generation: site -> executions per unit of each of its sequences (nan where it had no unit)."""
         groups = []
         for (kind, _), counts in self._counts.items():
             if phase in (None, kind):
@@ -88,8 +89,8 @@ class Recorder:
 
     @property
     def sequences(self) -> list[dict[Site, float]]:
-        """One entry a prefilled sequence: the share of its units executed, per site (0 or 1 at sequence
-        granularity)."""
+        """One entry a prefilled sequence: executions per unit, for each site (at sequence granularity 0, 1, or 2 where
+        it repeats; by token a share)."""
         return self._sequences("prefill")
 
     @property
@@ -115,21 +116,35 @@ class Recorder:
 
     def site_keep(self, phase: Phase = None) -> dict[Site, float]:
         """Mean share executed per site over the sequences of a phase (`"prefill"`, `"decode"`, None: both)."""
-        sequences = self._sequences(phase)
-        shares: dict[Site, list[float]] = {}
-        for sequence in sequences:  # not all have the same sites where an assistant is routed, too
-            for site, share in sequence.items():
-                shares.setdefault(site, []).append(share)
-        return {site: sum(values) / len(values) for site, values in shares.items()}
+        return self._site_means(phase, most=1.0)
+
+    def site_passes(self, phase: Phase = None) -> dict[Site, float]:
+        """Mean executions per site: `site_keep` with those that repeat counted twice, which is what costs follow."""
+        return self._site_means(phase, most=math.inf)
+
+    def _site_means(self, phase: Phase, most: float) -> dict[Site, float]:
+        counts: dict[Site, list[float]] = {}
+        for sequence in self._sequences(phase):  # not all have the same sites where an assistant is routed, too
+            for site, passes in sequence.items():
+                counts.setdefault(site, []).append(min(passes, most))
+        return {site: sum(values) / len(values) for site, values in counts.items()}
 
     def keep_ratio(self, phase: Phase = None) -> KeepRatio | None:
         """Of the routed sites and of all sublayers of the target; None where nothing was recorded."""
         keep = self.site_keep(phase)
         if not keep:
             return None
-        executed = sum(keep.values())
-        per_layer = len({site.target for site in keep}) * self._n_layers
-        return KeepRatio(executed / len(keep), (executed + per_layer - len(keep)) / per_layer)
+        executed, always = sum(keep.values()), self._n_sublayers(keep) - len(keep)
+        return KeepRatio(executed / len(keep), (executed + always) / self._n_sublayers(keep))
+
+    def depth(self, phase: Phase = None) -> float | None:
+        """Mean executions of all sublayers of the target in a sequence: layers, repeats counted twice; None where
+        nothing was recorded."""
+        passes = self.site_passes(phase)
+        return sum(passes.values()) + self._n_sublayers(passes) - len(passes) if passes else None
+
+    def _n_sublayers(self, sites: Iterable[Site]) -> int:
+        return len({site.target for site in sites}) * self._n_layers
 
 
 _recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("dynadepth_recorders", default=())

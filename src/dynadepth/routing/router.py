@@ -16,13 +16,17 @@ class AbstractRouter(nn.Module, ABC):
     """Maps units' hidden states to logits. Parameters and arithmetic stay float32, whatever the model's dtype becomes.
 
     `threshold` (float32 scalar, logit space, saved with the parameters) is what a budget moves; 0 is sigmoid 0.5.
-    `constant` is the decision of a router that never looks at its input, known without running it; None otherwise.
+    `constant` is the decision of a router that never looks at its input, known without running it (2: executes twice);
+    None otherwise. `windows`: into how many vectors a prompt is pooled for it (`windows.pool_windows`). `repeats`: it
+    has logits of three actions (skip, execute, repeat), and for thresholds the better of the latter two less the first.
     `weighs`: what executes has a weight that the router gives (`judge`), so that it is always asked. `asked` is False
     while a budget of 1 lets everything execute, which inference knows without running it.
     """
 
     threshold: Tensor
-    constant: bool | None = None
+    constant: int | None = None
+    windows: int = 1
+    repeats: bool = False
     asked: bool = True
     weighs: bool = False
 
@@ -32,7 +36,7 @@ class AbstractRouter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
-        """Float32 `[..., D]` to float32 logits `[...]`."""
+        """Float32 `[..., D]` (with `windows`, `[..., W, D]`) to float32 logits `[...]` (with `repeats`, `[..., 3]`)."""
 
     def judge(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits, and the factor of what executing units contribute (None: 1), both float32 `[...]`."""
@@ -48,8 +52,13 @@ class AbstractRouter(nn.Module, ABC):
             with torch.autocast(device_type=hidden.device.type, enabled=False):
                 return self.decide(hidden, with_gate)
         logits, weight = self.judge(hidden)
+        repeat = None
+        if self.repeats:
+            skip, once, twice = logits.unbind(-1)
+            logits, repeat = torch.maximum(once, twice) - skip, twice > once
         execute = logits >= self.threshold
-        return RoutingDecision(execute, logits, self.gate(logits, execute) if with_gate else None, weight)
+        gate = self.gate(logits, execute) if with_gate else None
+        return RoutingDecision(execute, logits, gate, weight, repeat=None if repeat is None else execute & repeat)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follow the model to its device, but never to its dtype.
@@ -63,9 +72,9 @@ class AbstractRouter(nn.Module, ABC):
 class ConstantRouter(AbstractRouter):
     """Always the same decision, without parameters: the router of static routes."""
 
-    def __init__(self, execute: bool) -> None:
+    def __init__(self, times: int) -> None:
         super().__init__()
-        self.constant = execute
+        self.constant = times
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden.new_full(hidden.shape[:-1], float("inf") if self.constant else float("-inf"))

@@ -16,12 +16,14 @@ from dynadepth.routing.decision import Site
 
 
 class RouteBook:
-    """`decided[row]`: has this row a route? `routes[site][row]`: does it execute there? Rows are logical batch rows."""
+    """`decided[row]`: has this row a route? `routes[site][row]`: how often does it execute there (a bool, or 0, 1, 2)?
+    Rows are logical batch rows. `repeating`: may one of them be a 2?"""
 
     def __init__(self) -> None:
         self.decided: list[bool] = []
-        self.routes: dict[Site, list[bool]] = {}
-        self._index: dict[Site, bool | Tensor] = {}
+        self.routes: dict[Site, list[int]] = {}
+        self.repeating = False
+        self._index: dict[tuple[Site, int], bool | Tensor] = {}
         self._skipping: dict[Site, tuple[list[int], Tensor]] = {}
         self._whole: frozenset[Site] | None = None
 
@@ -45,20 +47,21 @@ class RouteBook:
         """Every row has the same route, so that reordering rows changes nothing."""
         return self.complete and all(len(set(route)) == 1 for route in self.routes.values())
 
-    def write(self, site: Site, execute: Sequence[bool], fresh: Sequence[bool]) -> None:
+    def write(self, site: Site, times: Sequence[int], fresh: Sequence[bool]) -> None:
         """Sets the decisions of the rows that decide now; rows without a route yet (only padding so far) skip."""
         old = self.routes.get(site, [False] * len(self.decided))
-        self.routes[site] = [bool(new) if now else kept for new, now, kept in zip(execute, fresh, old, strict=True)]
+        self.routes[site] = [new if now else kept for new, now, kept in zip(times, fresh, old, strict=True)]
+        self.repeating = self.repeating or max(times) > 1
         self._forget()
 
-    def rows(self, site: Site, device: torch.device) -> bool | Tensor:
-        """True: all rows execute; False: none; else the int64 index of those that do."""
-        rows = self._index.get(site)
+    def rows(self, site: Site, device: torch.device, times: int = 1) -> bool | Tensor:
+        """True: all rows execute (at least so many `times`); False: none; else the int64 index of those that do."""
+        rows = self._index.get((site, times))
         if rows is None or (isinstance(rows, Tensor) and rows.device != device):
-            route = self.routes[site]
-            uniform = all(route) or not any(route)
-            rows = all(route) if uniform else torch.tensor([i for i, on in enumerate(route) if on], device=device)
-            self._index[site] = rows
+            chosen = [i for i, count in enumerate(self.routes[site]) if count >= times]
+            whole = len(chosen) in (0, len(self.decided))
+            rows = bool(chosen) if whole else torch.tensor(chosen, device=device)
+            self._index[site, times] = rows
         return rows
 
     def skipping(self, site: Site, device: torch.device) -> tuple[list[int], Tensor]:
@@ -71,9 +74,10 @@ class RouteBook:
 
     @property
     def whole(self) -> frozenset[Site]:
-        """Sites at which every row executes."""
+        """Sites at which every row executes once."""
         if self._whole is None:
-            self._whole = frozenset(site for site, route in self.routes.items() if all(route))
+            once = {site: all(count == 1 for count in route) for site, route in self.routes.items()}
+            self._whole = frozenset(site for site in once if once[site])
         return self._whole
 
     def take(self, order: Sequence[int]) -> None:
@@ -86,7 +90,7 @@ class RouteBook:
 
     def clear(self) -> None:
         """Forgets everything: the next prefill decides anew."""
-        self.decided, self.routes = [], {}
+        self.decided, self.routes, self.repeating = [], {}, False
         self._forget()
 
     def _forget(self) -> None:

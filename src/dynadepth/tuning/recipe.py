@@ -133,6 +133,11 @@ class Recipe:
                 f"Method {method!r} is trained together with the whole model, and tuning keeps the model frozen: "
                 "train it with `dynadepth pretrain`, or attach it before a training of your own."
             )
+        if method_named(method).from_routes:
+            raise ConfigError(
+                f"Method {method!r} learns from searched routes: search them with `dynadepth search`, then tune with "
+                "--routes FILE."
+            )
         config = config_from_dict({**self.method, **{k: v for k, v in overrides.items() if v is not None}})
         if isinstance(config, StaticConfig):
             self._check_static(config)
@@ -188,4 +193,10 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
 
 def recipe_from_dict(data: dict[str, Any], where: str) -> Recipe:
     """A recipe from its settings, each checked for name and type."""
+    method = data.get("method")
+    if isinstance(method, dict) and "method" in method and method_named(str(method["method"])).from_routes:
+        raise ConfigError(
+            f"{where}: method {method['method']!r} learns from searched routes: tune it with --routes FILE, from "
+            "`dynadepth search`."
+        )
     return Recipe(**checked(Recipe, data, where))

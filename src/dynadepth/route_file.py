@@ -1,0 +1,322 @@
+"""Files of searched routes: which layers to skip, execute or repeat for each prompt, and what that did to its answer.
+
+JSON Lines, gzipped where the name ends in `.gz`. The first line is the header (format, model, depth, settings of the
+search, provenance), every further line one prompt. A search appends each prompt as a gzip member of its own and
+flushes it to the disk, so that a kill at any moment costs at most the prompt that was being written: `recover` finds
+the last whole line, and cuts off what lies behind it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dynadepth.errors import DataError, did_you_mean
+
+FORMAT = 1
+KIND = "dynadepth-routes"
+PIECE = 1 << 14
+"""Bytes unpacked at once."""
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+"""What two models must have in common, beside the fingerprint, for a route of one to mean something in the other."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a model answered a prompt under some route."""
+
+    correct: bool
+    """Whether nothing is preferred to the gold answer (`margin > 0`)."""
+
+    margin: float
+    """Log-probability of the gold answer minus that of the best other one, nats."""
+
+
+@dataclass(frozen=True)
+class Route(Answer):
+    """A route that the search kept."""
+
+    counts: tuple[int, ...]
+    """How often each layer runs: 0 skips it, 1 executes it, 2 repeats it."""
+
+    @property
+    def layers(self) -> int:
+        """Layers run altogether."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class PromptRoutes:
+    """One prompt: what the dense model answers, and the routes that do as well with less, or better."""
+
+    id: str
+    source: str
+    """The data file's name without `.jsonl`."""
+
+    prompt: str
+    """The text in front of the answer, as the model reads it."""
+
+    options: tuple[str, ...] | None
+    """The texts to choose from, as they follow the prompt (with their blank in front); None for a short answer."""
+
+    gold: int | None
+    """Index of the right option; None for a short answer."""
+
+    completion: str
+    """The gold answer, as it follows the prompt."""
+
+    dense: Answer
+    routes: tuple[Route, ...]
+    """Best first; empty where the search found none worth keeping."""
+
+    control: float | None
+    """Best margin that the same search reached towards a wrong answer, nats; None where it was not run."""
+
+    executions: int
+    """Layers run for this prompt by the search and its control."""
+
+    naive_executions: int
+    """Layers that both would have run without reusing anything."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line."""
+
+    model: dict[str, Any]
+    """The model's identity, as saved routers carry it: `name`, its shape, `fingerprint` of its weights."""
+
+    n_layers: int
+    search: dict[str, Any]
+    """Settings of the search; a search is only resumed with the same ones."""
+
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RouteFile:
+    """A file as it was read."""
+
+    header: Header
+    prompts: list[PromptRoutes]
+
+    def check_model(self, path: str | Path, identity: Mapping[str, Any]) -> None:
+        """Raises `DataError` naming both models where `identity` (`adapter.identity`) is not the header's."""
+        made_for = self.header.model
+        names = f"The routes in {path} were found for {made_for.get('name')!r}, not for {identity.get('name')!r}"
+        if self.header.n_layers != identity.get("num_hidden_layers"):
+            raise DataError(
+                f"{names}: they have {self.header.n_layers} layers and the model has "
+                f"{identity.get('num_hidden_layers')}; search routes for this model with `dynadepth search`."
+            )
+        for key in (*SHAPE, "fingerprint"):
+            if made_for.get(key) != identity.get(key):
+                raise DataError(
+                    f"{names}: {key} is {made_for.get(key)!r} there and {identity.get(key)!r} here; search routes for "
+                    "this model with `dynadepth search`."
+                )
+
+
+def read(path: str | Path, identity: Mapping[str, Any] | None = None) -> RouteFile:
+    """The whole file. With a model's `identity` it must be that model's.
+
+    Raises `DataError` for a missing or damaged file (naming the line), a newer format, another model or depth.
+    """
+    header: Header | None = None
+    prompts: list[PromptRoutes] = []
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if header is None:
+            header = _header(line, path)
+        else:
+            prompts.append(_prompt(line, header.n_layers, path, number))
+    if header is None:
+        raise DataError(f"{path} is empty: it is no file of routes that `dynadepth search` has begun.")
+    found = RouteFile(header, prompts)
+    if identity is not None:
+        found.check_model(path, identity)
+    return found
+
+
+class RouteWriter:
+    """Appends lines; each is on the disk when `append` returns. A context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> RouteWriter:
+        self._file = self.path.open("ab")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def start(self, header: Header) -> None:
+        """Writes the header, as the first line of a new file."""
+        self._append({"format": FORMAT, "kind": KIND, **asdict(header)})
+
+    def append(self, prompts: Iterable[PromptRoutes]) -> None:
+        """Writes one line a prompt."""
+        for prompt in prompts:
+            routes = [{**asdict(route), "layers": route.layers} for route in prompt.routes]
+            self._append({**asdict(prompt), "routes": routes})
+
+    def _append(self, document: dict[str, Any]) -> None:
+        if self._file is None:
+            raise AssertionError("a RouteWriter writes inside its `with` block")
+        data = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            self._file.write(gzip.compress(data, mtime=0) if self.path.name.endswith(".gz") else data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"{self.path} could not be written ({error.strerror or error}): make room, then --resume."
+            ) from error
+
+
+def recover(path: str | Path) -> RouteFile | None:
+    """Reads a file that a search may have left in the middle of a line, and cuts off that last part on the disk.
+
+    None where not even the header is whole: the file is then empty. Raises `DataError` as `read` does for what a kill
+    cannot explain: another kind of file, a damaged line in the middle.
+    """
+    path = Path(path)
+    data, zipped = path.read_bytes(), path.name.endswith(".gz")
+    good = _whole(data, zipped)
+    if good == 0 and data and not _may_be_cut_header(data, zipped):
+        raise DataError(f"{path} is no file of routes: delete it, or give another name.")
+    if good < len(data):
+        with path.open("r+b") as file:
+            file.truncate(good)
+    return read(path) if good else None
+
+
+def _members(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """What each gzip member of `data` holds, and where in `data` it ends; stops in front of one that is cut off.
+
+    Raises `zlib.error` at one that is damaged.
+    """
+    at, member, content = 0, zlib.decompressobj(wbits=31), b""
+    while at < len(data):
+        piece = data[at : at + PIECE]
+        content += member.decompress(piece)
+        at += len(piece) - len(member.unused_data)
+        if member.eof:
+            yield content, at
+            member, content = zlib.decompressobj(wbits=31), b""
+
+
+def _whole(data: bytes, zipped: bool) -> int:
+    """How many bytes at the start of a file are whole lines; all of them where a line is damaged, not cut off."""
+    if not zipped:
+        return data.rfind(b"\n") + 1
+    try:
+        return max((end for _, end in _members(data)), default=0)
+    except zlib.error:
+        return len(data)
+
+
+def _may_be_cut_header(data: bytes, zipped: bool) -> bool:
+    if zipped:
+        try:
+            data = zlib.decompressobj(wbits=31).decompress(data)
+        except zlib.error:
+            return False
+    start = json.dumps({"format": FORMAT, "kind": KIND})[:-1].encode()
+    return data[: len(start)] == start[: len(data)]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ())
+        raise DataError(f"There is no file of routes {path}.{near}")
+    number, whole = 0, 0
+    try:
+        data = path.read_bytes()
+        for content, end in _members(data) if path.name.endswith(".gz") else [(data, len(data))]:
+            whole = end
+            for line in content.splitlines(keepends=True):
+                number += 1
+                if not line.endswith(b"\n"):
+                    raise DataError(_damaged(path, number, "it is cut off"))
+                yield line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(_damaged(path, number, f"no UTF-8: {error.reason}")) from error
+    except (OSError, zlib.error) as error:
+        raise DataError(_damaged(path, number + 1, str(error))) from error
+    if whole < len(data):
+        raise DataError(_damaged(path, number + 1, "it is cut off"))
+
+
+def _damaged(path: str | Path, line: int, why: str) -> str:
+    return (
+        f"{path} is damaged at line {line} ({why}): the same `dynadepth search` with --resume drops a last line that "
+        "was cut off; where another one is damaged, search anew."
+    )
+
+
+def _header(line: str, path: str | Path) -> Header:
+    try:
+        data = json.loads(line)
+        if not isinstance(data, dict) or data.get("kind") != KIND:
+            raise DataError(f"{path} is no file of routes: its first line is not the header of `dynadepth search`.")
+        if type(data["format"]) is not int or data["format"] < 1:
+            raise ValueError(f"format {data['format']!r}")
+        if data["format"] > FORMAT:
+            raise DataError(
+                f"{path} has format {data['format']}, this version reads up to {FORMAT}: upgrade with "
+                "pip install -U dynadepth."
+            )
+        header = Header(data["model"], data["n_layers"], data["search"], data["provenance"])
+        if type(header.n_layers) is not int or header.n_layers < 1 or not isinstance(header.model, dict):
+            raise ValueError(f"n_layers {header.n_layers!r}")
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(_damaged(path, 1, repr(error))) from error
+    return header
+
+
+def _prompt(line: str, n_layers: int, path: str | Path, number: int) -> PromptRoutes:
+    try:
+        data = json.loads(line)
+        options = None if data["options"] is None else tuple(map(str, data["options"]))
+        found = PromptRoutes(
+            id=str(data["id"]),
+            source=str(data["source"]),
+            prompt=str(data["prompt"]),
+            options=options,
+            gold=data["gold"],
+            completion=str(data["completion"]),
+            dense=Answer(bool(data["dense"]["correct"]), float(data["dense"]["margin"])),
+            routes=tuple(
+                Route(bool(route["correct"]), float(route["margin"]), tuple(route["counts"]))
+                for route in data["routes"]
+            ),
+            control=None if data["control"] is None else float(data["control"]),
+            executions=int(data["executions"]),
+            naive_executions=int(data["naive_executions"]),
+        )
+        if (found.gold is None) != (options is None):
+            raise ValueError("options and gold go together")
+        if options is not None and not (type(found.gold) is int and 0 <= found.gold < len(options)):
+            raise ValueError(f"gold {found.gold!r} of {len(options)} options")
+        for route in found.routes:
+            if len(route.counts) != n_layers:
+                raise ValueError(f"a route of {len(route.counts)} layers in a file for {n_layers}")
+            if any(type(count) is not int or count < 0 for count in route.counts):
+                raise ValueError(f"counts {list(route.counts)}")
+            if not math.isfinite(route.margin):
+                raise ValueError(f"margin {route.margin}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(_damaged(path, number, repr(error))) from error
+    return found

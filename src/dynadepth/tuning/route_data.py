@@ -1,0 +1,152 @@
+"""Searched routes as examples: which of a file's routes are learnt from, which prompts steer nothing, and what each
+router is shown.
+
+A router sees pooled states of the prompt that no router changes, since the layers below it execute as the route of the
+example says (teacher forcing). They are therefore computed once for each example and kept.
+
+Shape suffixes: N examples, L routed layers, W windows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadepth.architectures import decoder_layers
+from dynadepth.budget import forward, prompts_to_batches
+from dynadepth.errors import DataError, TuningError
+from dynadepth.model import fixed_routes
+from dynadepth.route_file import PromptRoutes, RouteFile
+from dynadepth.routed import routing_of, unwrapped
+from dynadepth.routing.context import current
+from dynadepth.routing.decision import Site
+from dynadepth.routing.granularity import pooled_tokens
+from dynadepth.routing.windows import pool_windows
+from dynadepth.tuning.route_recipe import RouteRecipe
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class RouteExample:
+    """One prompt with one route to be learnt."""
+
+    input_ids: list[int]
+    counts: tuple[int, ...]
+    """How often each layer of the model executes: 0, 1 or 2."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples, parted by prompt."""
+
+    training: list[RouteExample]
+    validation: list[RouteExample]
+    heldout: list[RouteExample]
+
+
+def kept(prompt: PromptRoutes, n_layers: int, recipe: RouteRecipe) -> list[tuple[int, ...]]:
+    """The counts of the routes of a prompt that are learnt from. DataError for one that repeats a layer twice."""
+    routes = [route for route in prompt.routes if route.correct]
+    if recipe.credible and not prompt.dense.correct:
+        least = -float("inf") if prompt.control is None else prompt.control
+        routes = [route for route in routes if route.margin > least]
+    chosen = [route.counts for route in routes[: recipe.routes_per_prompt]]
+    for counts in chosen:
+        if max(counts) > 2:
+            raise DataError(
+                f"The route of prompt {prompt.id!r} of {prompt.source} executes a layer {max(counts)} times, and "
+                "routers can repeat it once: search with --repeats 1."
+            )
+    if not chosen and recipe.dense and prompt.dense.correct and not prompt.routes:
+        return [(1,) * n_layers]
+    return chosen
+
+
+def split(routes: RouteFile, tokenizer: Any, recipe: RouteRecipe, max_samples: int | None, seed: int) -> Split:
+    """The file's examples in an order that `seed` decides, the recipe's shares of the prompts put aside.
+
+    Raises TuningError where a part would be empty.
+    """
+    usable = [(p, counts) for p in routes.prompts if (counts := kept(p, routes.header.n_layers, recipe))]
+    random.Random(seed).shuffle(usable)
+    usable = usable[:max_samples]
+    if len(usable) < 3:
+        raise TuningError(
+            f"{len(usable)} of {len(routes.prompts)} prompts have a route to learn from, and three parts need at least "
+            "one each: search more prompts."
+        )
+    n_validation = max(1, round(recipe.validation * len(usable)))
+    n_heldout = max(1, round(recipe.holdout * len(usable)))
+
+    def examples(part: list[tuple[PromptRoutes, list[tuple[int, ...]]]]) -> list[RouteExample]:
+        found = []
+        for prompt, routes_ in part:
+            ids = list(tokenizer.encode(prompt.prompt.rstrip()))  # as the search reads it
+            if not ids:
+                raise DataError(f"Prompt {prompt.id!r} of {prompt.source} has no token.")
+            found += [RouteExample(ids, counts) for counts in routes_]
+        return found
+
+    cut = n_validation + n_heldout
+    return Split(examples(usable[cut:]), examples(usable[n_heldout:cut]), examples(usable[:n_heldout]))
+
+
+@contextmanager
+def _watched(model: nn.Module, windows: int) -> Iterator[dict[Site, Tensor]]:
+    """What the routers of the routed blocks would be shown by the latest forward inside the block: `[B, W, D]`."""
+    seen: dict[Site, Tensor] = {}
+    routing, layers = routing_of(model), decoder_layers(unwrapped(model))
+
+    def note(site: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            context = current()
+            assert context is not None, "a routed forward"
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen[site] = pool_windows(hidden, pooled_tokens(context), windows)
+
+        return hook
+
+    hooks = [layers[s.layer].register_forward_pre_hook(note(s), with_kwargs=True) for s in routing.sites]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def shown(
+    model: nn.Module, examples: Sequence[RouteExample], pad: int, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """What each router is shown where the layers below execute as the example says: `[N, L, W, D]`, in the model's
+    dtype, on the host."""
+    routing = routing_of(model)
+    router = next(iter(routing.routers().values()))
+    base = unwrapped(model)
+    size = base.config.get_text_config(decoder=True).hidden_size
+    found = torch.empty(len(examples), len(routing.sites), router.windows, size, dtype=base.dtype)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    with _watched(model, router.windows) as seen:
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            batch = prompts_to_batches([examples[i].input_ids for i in rows], pad, BATCH)[0]
+            route = {s: torch.tensor([examples[i].counts[s.layer] for i in rows]) for s in routing.sites}
+            with fixed_routes(model, route):
+                forward(model, batch)
+            found[rows] = torch.stack([seen[site] for site in routing.sites], 1).to("cpu", base.dtype)
+            if progress:
+                progress(start + len(rows), len(order))
+    return found
+
+
+def labels(model: nn.Module, examples: Sequence[RouteExample]) -> Tensor:
+    """The action of each router: int64 `[N, L]`."""
+    layers = [site.layer for site in routing_of(model).sites]
+    return torch.tensor([[example.counts[layer] for layer in layers] for example in examples])
