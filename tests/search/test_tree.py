@@ -1,0 +1,115 @@
+"""The tree search alone: exact on toy rewards, within its rules, never twice on one route, the same for one seed."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynadepth.errors import ConfigError
+from dynadepth.search.tree import RouteTree, TreeSettings, made, moves_of
+
+
+def allowed(n_layers, rules):
+    """Every route that the rules allow, found by looking at all."""
+    routes = itertools.product(range(rules.repeats + 2), repeat=n_layers)
+
+    def fine(route):
+        runs = [len(list(group)) for zero, group in itertools.groupby(route, key=lambda c: c == 0) if zero]
+        return max(runs, default=0) <= rules.max_consecutive_skips and 0 < sum(route) <= rules.max_path * n_layers
+
+    return {route for route in routes if fine(route)}
+
+
+def run(tree, reward):
+    rounds = []
+    while routes := tree.ask():
+        rounds.append(routes)
+        tree.tell([reward(route) for route in routes])
+    return rounds
+
+
+rules = st.builds(
+    TreeSettings,
+    simulations=st.just(10_000),
+    max_consecutive_skips=st.integers(0, 3),
+    repeats=st.integers(1, 2),
+    max_path=st.sampled_from([1.0, 1.5, 2.0]),
+    random_prior=st.sampled_from([0.0, 0.1, 1.0]),
+    siblings=st.integers(1, 9),
+    widening=st.sampled_from([0.5, 3.0]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rules=rules, n_layers=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_with_enough_simulations_the_optimum_of_any_reward_is_found(rules, n_layers, seed):
+    def reward(route):  # as good as random: nothing can be inferred from one route about another
+        return hash((seed, route)) % 1009 / 1009
+
+    tree = RouteTree(n_layers, rules, seed)
+    rounds = run(tree, reward)
+    asked = [route for routes in rounds for route in routes]
+    assert len(asked) == len(set(asked))
+    assert set(asked) == allowed(n_layers, rules) | {(1,) * n_layers}
+    assert rounds[0] == [(1,) * n_layers]
+    assert max(map(len, rounds)) <= rules.siblings
+    assert max(tree.evaluated.values()) == max(map(reward, asked))
+
+
+@settings(deadline=None, max_examples=40)
+@given(rules=rules, n_layers=st.integers(2, 12), simulations=st.integers(1, 60), seed=st.integers(0, 99))
+def test_a_short_search_keeps_the_rules(rules, n_layers, simulations, seed):
+    limited = TreeSettings(**{**vars(rules), "simulations": simulations})
+    tree = RouteTree(n_layers, limited, seed)
+    run(tree, lambda route: 1 / (1 + sum(route)))
+    assert len(tree.evaluated) <= simulations + 1
+    assert all(limited.allows(route) for route in list(tree.evaluated)[1:])
+    again = RouteTree(n_layers, limited, seed)
+    run(again, lambda route: 1 / (1 + sum(route)))
+    assert list(again.evaluated.items()) == list(tree.evaluated.items())
+
+
+def test_it_finds_more_than_chance():
+    """Four of 30 layers hurt, one wants to run twice; every other change costs. The dense route has a reward of 0.27."""
+    hurt, again = {3, 9, 14, 20}, 11
+
+    def reward(route):
+        margin = -1.0
+        for layer, count in enumerate(route):
+            if layer in hurt and count == 0 or layer == again and count == 2:
+                margin += 0.8
+            elif count != 1:
+                margin -= 0.5
+        return 1 / (1 + math.exp(-margin))
+
+    def solved(**changes):
+        found = 0
+        for seed in range(20):
+            tree = RouteTree(30, TreeSettings(**changes), seed)
+            run(tree, reward)
+            found += max(tree.evaluated.values()) > 0.5
+        return found
+
+    assert solved() >= 12
+    assert solved(random_prior=1.0) <= 8
+
+
+def test_moves():
+    rules = TreeSettings()
+    assert moves_of((1, 1, 1), rules) == [(0, 1), (0, 2), (0, 0), (1, 1), (1, 2), (1, 0), (2, 1), (2, 0)]
+    assert moves_of((0, 0, 1), rules) == [(2, 0)]
+    assert moves_of((2, 1, 0), rules) == [(1, 1), (1, 0)]
+    assert made((1, 1, 1), (0, 2)) == (0, 0, 1)
+    assert made((1, 1, 1), (1, 0)) == (1, 2, 1)
+    assert [rules.fewest(n) for n in (1, 2, 3, 30, 31)] == [1, 1, 1, 10, 10]
+    for n in range(1, 8):
+        assert min(map(sum, allowed(n, rules))) == rules.fewest(n)
+
+
+def test_settings_out_of_range():
+    with pytest.raises(ConfigError, match="simulations must be at least 1, not 0"):
+        TreeSettings(simulations=0)
+    with pytest.raises(ConfigError, match="dense route is the only one"):
+        TreeSettings(max_consecutive_skips=0, repeats=0)
