@@ -1,0 +1,299 @@
+"""Runs the layers of an ordinary decoder in any order and number, for many prompts and routes at once.
+
+What a layer gives depends on the prompt and on the layers run so far, so these outputs are the nodes of a trie, kept
+under a memory limit (the least recently used go first): a route is run from where it leaves the routes before it.
+All routes asked for together advance through the layers together, so each layer is called once or twice for all.
+
+A prompt's continuations (the options of a question) share its row: their tokens follow the prompt's, with the
+positions they would have directly behind it, and see the prompt and themselves alone. The layers are the model's own.
+Masks and position embeddings are those that the model gives them in a plain forward, looked up by position.
+
+Shape suffixes: P prompts, N rows (a prompt under a route), T tokens of a row, Q positions, D features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynadepth.architectures import decoder_layers, decoder_of, text_config
+from dynadepth.errors import ConfigError, UnsupportedModelError
+from dynadepth.evaluation.scoring import Scorer, States
+from dynadepth.routed import is_attached
+from dynadepth.search.tree import Counts
+
+MEMORY = 1 << 30
+"""Bytes of layer outputs that are kept, by default."""
+
+TOKENS_AT_ONCE = 8192
+"""Tokens in one call of a layer, at most."""
+
+Path = tuple[int, ...]
+"""Layers in the order in which they run."""
+
+_Node = tuple[int, Path]
+"""(prompt, layers run so far): a layer's output."""
+
+
+def path_of(counts: Counts) -> Path:
+    """`(1, 0, 2)` as the layers `(0, 2, 2)`."""
+    return tuple(layer for layer, count in enumerate(counts) for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its continuations, as one row of tokens."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    branches: tuple[int, ...]
+    """0 for the prompt's tokens, else the number of the continuation, from 1."""
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Row:
+        """Each continuation is read directly behind the prompt; one may be empty."""
+        ids, positions, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for number, tokens in enumerate(continuations, start=1):
+            ids += tokens
+            positions += range(len(prompt), len(prompt) + len(tokens))
+            branches += [number] * len(tokens)
+        return cls(tuple(ids), tuple(positions), tuple(branches))
+
+
+class LayerRunner:
+    """Gives the last layer's output for prompts under routes."""
+
+    def __init__(self, model: PreTrainedModel, memory: int = MEMORY, tokens_at_once: int = TOKENS_AT_ONCE) -> None:
+        """Raises `ConfigError` for a model with routers attached, `UnsupportedModelError` where its layers cannot be
+        run apart from its own forward: see `check`."""
+        if is_attached(model):
+            raise ConfigError("routes are searched on the bare model: detach its routers first.")
+        self.model, self.memory, self.tokens_at_once = model, memory, tokens_at_once
+        self.layers = decoder_layers(model)
+        self.executions: Counter[int] = Counter()
+        """Layers run for each of the prompts, since they were given."""
+
+        self._scorer = Scorer(model, takes_prompt_mask=False)
+        self._tuples = False  # whether a layer's output is the first of several
+        self._rows: list[Row] = []
+        self._kwargs: list[dict[str, Any]] = []  # by layer, for the positions of all prompts: [P, T, ..]
+        self._args: list[tuple[Any, ...]] = []
+        self._entered: list[Tensor] = []  # [T, D] of each prompt
+        self._kept: OrderedDict[_Node, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    @torch.no_grad()
+    def take(self, rows: Sequence[Row]) -> None:
+        """The prompts that `run` is about from now on; padded on the right to the longest, which no token sees."""
+        self._rows = list(rows)
+        self.executions.clear()
+        self._kept.clear()
+        self._bytes = 0
+        device = self.model.device
+        longest = max(len(row.ids) for row in rows)
+        ids_PT, positions_PT, branches_PT = (
+            torch.tensor([values + (fill,) * (longest - len(values)) for values in column], device=device)
+            for column, fill in (
+                ([row.ids for row in rows], 0),
+                ([row.positions for row in rows], 0),
+                ([row.branches for row in rows], -1),
+            )
+        )
+        length = int(positions_PT.max()) + 1
+        # What a query may see: its own branch (padding sees padding) and the prompt, as far as its position allows.
+        allowed_PTT = (branches_PT[:, :, None] == branches_PT[:, None]) | (
+            (branches_PT[:, :, None] >= 0) & (branches_PT[:, None] == 0)
+        )
+        calls = self._calls(length)
+        made: dict[int, Any] = {}  # the layers share their arguments: each is looked up once
+
+        def looked_up(value: Any) -> Any:
+            if id(value) not in made:
+                made[id(value)] = _by_position(value, length, positions_PT, allowed_PTT)
+            return made[id(value)]
+
+        self._args = [tuple(map(looked_up, args)) for args, _ in calls]
+        self._kwargs = [{name: looked_up(value) for name, value in kwargs.items()} for _, kwargs in calls]
+        self._entered = list(self._enter(ids_PT, positions_PT))
+
+    def _calls(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What each layer is given beside its hidden states in a plain forward of `length` tokens, batch 2."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(_: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append((args, kwargs))
+            return hidden
+
+        ids = torch.ones((2, length), dtype=torch.long, device=self.model.device)
+        mask = torch.ones_like(ids)
+        mask[1, 0] = 0  # with padding the masks are made, where they might be left to the kernel
+        with self._replaced(note):
+            decoder_of(self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        if any(getattr(kwargs.get("attention_mask"), "ndim", 0) != 4 for _, kwargs in calls):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives its layers no mask of queries by keys, which the search needs: "
+                "load it with attn_implementation='sdpa' or 'eager'."
+            )
+        return calls
+
+    def _enter(self, ids_PT: Tensor, positions_PT: Tensor) -> Tensor:
+        """What enters the first layer, `[P, T, D]`."""
+        found: list[Tensor] = []
+
+        def note(layer: int, hidden: Tensor, *_: Any) -> Tensor:
+            if layer == 0:
+                found.append(hidden)
+            return hidden
+
+        with self._replaced(note):
+            decoder_of(self.model)(input_ids=ids_PT, position_ids=positions_PT, use_cache=False)
+        return found[0]
+
+    @torch.no_grad()
+    def run(self, asked: Sequence[tuple[int, Counts]]) -> list[Tensor]:
+        """The last layer's output `[T, D]` for each (number of the prompt, route)."""
+        ends: list[_Node] = [(prompt, path_of(counts)) for prompt, counts in asked]
+        waves: dict[tuple[int, int], dict[_Node, None]] = {}
+        live: dict[_Node, Tensor] = {}
+        uses: Counter[_Node] = Counter(ends)
+        for prompt, path in ends:
+            known = len(path)
+            while known and (prompt, path[:known]) not in self._kept:
+                known -= 1
+            start = (prompt, path[:known])
+            live[start] = self._kept[start] if known else self._entered[prompt]
+            if known:
+                self._kept.move_to_end(start)
+            for end in range(known, len(path)):
+                wave = waves.setdefault((path[end], path[:end].count(path[end])), {})
+                if (prompt, path[: end + 1]) not in wave:
+                    wave[prompt, path[: end + 1]] = None
+                    uses[prompt, path[:end]] += 1
+        for layer, again in sorted(waves):
+            nodes = list(waves[layer, again])
+            size = max(1, self.tokens_at_once // len(self._entered[0]))
+            for first in range(0, len(nodes), size):
+                self._run_layer(layer, nodes[first : first + size], live, uses)
+        return [live[end] for end in ends]
+
+    def _run_layer(self, layer: int, nodes: list[_Node], live: dict[_Node, Tensor], uses: Counter[_Node]) -> None:
+        parents = [(prompt, path[:-1]) for prompt, path in nodes]
+        prompts_N = torch.tensor([prompt for prompt, _ in nodes], device=self.model.device)
+        hidden_NTD = torch.stack([live[parent] for parent in parents])
+        for parent in parents:
+            uses[parent] -= 1
+            if not uses[parent]:
+                del live[parent]
+        args, kwargs = (_rows_of(values, prompts_N) for values in (self._args[layer], self._kwargs[layer]))
+        output = self.layers[layer](hidden_NTD, *args, **kwargs)
+        for node, state_TD in zip(nodes, output[0] if isinstance(output, tuple) else output, strict=True):
+            self.executions[node[0]] += 1
+            live[node] = state_TD.clone()  # a view would keep the whole batch
+            self._keep(node, live[node])
+
+    def _keep(self, node: _Node, state_TD: Tensor) -> None:
+        self._kept[node] = state_TD
+        self._bytes += state_TD.nbytes
+        while self._bytes > self.memory:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= oldest.nbytes
+
+    def finish(self, states_NQD: Tensor) -> States:
+        """What enters the vocabulary head after these outputs of the last layer, and the way from there to logits."""
+
+        def give(layer: int, hidden: Tensor, *_: Any) -> Tensor:
+            return states_NQD if layer == len(self.layers) - 1 else hidden
+
+        ids_NQ = torch.ones(states_NQD.shape[:2], dtype=torch.long, device=states_NQD.device)
+        with self._replaced(give):
+            return self._scorer(ids_NQ, torch.ones_like(ids_NQ, dtype=torch.bool), None)
+
+    @contextmanager
+    def _replaced(self, give: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Inside, each layer returns `give(number, hidden states, its other arguments ..)` instead of running."""
+        before = [vars(layer).get("forward") for layer in self.layers]  # accelerate's hooks put one on the instance
+
+        def stub(number: int) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                output = give(number, hidden_states, args, kwargs)
+                return (output,) if self._tuples else output
+
+            return forward
+
+        try:
+            for number, layer in enumerate(self.layers):
+                layer.forward = stub(number)
+            yield
+        finally:
+            for layer, own in zip(self.layers, before, strict=True):
+                if own is None:
+                    del layer.forward
+                else:
+                    layer.forward = own
+
+    @torch.no_grad()
+    def check(self, row: Row) -> None:
+        """Proves on one row that dense routes give what the model's own forward gives, for every continuation.
+
+        Raises `UnsupportedModelError` where they do not.
+        """
+        dense = (1,) * len(self.layers)
+        handle = self.layers[0].register_forward_hook(self._note_tuple)
+        try:
+            ids = torch.tensor([row.ids[:1]], device=self.model.device)
+            decoder_of(self.model)(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        self.take([row])
+        found_TD = self.finish(self.run([(0, dense)])[0][None]).states_BTD[0]
+        branches = torch.tensor(row.branches, device=self.model.device)
+        prompt_T = branches == 0
+        for branch in sorted(set(row.branches)):
+            place_T = prompt_T | (branches == branch)
+            ids = torch.tensor(row.ids, device=self.model.device)[place_T][None]
+            plain_TD = self._scorer(ids, torch.ones_like(ids, dtype=torch.bool), None).states_BTD[0].float()
+            error = float((found_TD[place_T].float() - plain_TD).norm() / plain_TD.norm())
+            if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.1):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} cannot be searched: its layers, run one by one, differ from its own "
+                    f"forward by {error:.2g} of the last hidden state's size."
+                )
+
+    def _note_tuple(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._tuples = isinstance(output, tuple)
+
+
+def _by_position(value: Any, length: int, positions_PT: Tensor, allowed_PTT: Tensor) -> Any:
+    """An argument of a plain forward `[1 or 2, length, ..]` for tokens at these positions, `[P, T, ..]`; masks
+    `[2, .., length, length]` as `[P, .., T, T]`. What is no tensor stays."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_by_position(item, length, positions_PT, allowed_PTT) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 4 and value.shape[2:] == (length, length):
+        mask_PTT = value[0, 0][positions_PT[:, :, None], positions_PT[:, None]]
+        fill = False if value.dtype == torch.bool else torch.finfo(value.dtype).min
+        return mask_PTT.masked_fill(~allowed_PTT, fill)[:, None]
+    if value.ndim >= 2 and value.shape[1] == length:
+        return value[0][positions_PT]
+    if value.shape == (length,):  # places in a cache, which there is none of
+        return torch.arange(positions_PT.shape[1], device=value.device)
+    raise UnsupportedModelError(
+        f"the search cannot read an argument of shape {tuple(value.shape)} that the layers of this model take."
+    )
+
+
+def _rows_of(value: Any, prompts_N: Tensor) -> Any:
+    """`[P, ..]` as `[N, ..]`, at any depth."""
+    if isinstance(value, dict):
+        return {name: _rows_of(item, prompts_N) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows_of(item, prompts_N) for item in value)
+    return value[prompts_N] if isinstance(value, Tensor) and value.ndim > 1 else value
