@@ -44,6 +44,10 @@ class TuningError(DynadepthError):
     """Tuning cannot go on (the loss turned NaN, no sample fits, ...); the last good state is kept."""
 
 
+class SearchError(DynadepthError):
+    """A search for routes cannot go on; the prompts that were finished are in its file."""
+
+
 class ModelNotFoundError(DynadepthError):
     """A model name, folder or hub id cannot be resolved, or a download does not match its checksum."""
 

@@ -18,6 +18,7 @@ from dynadepth.cli.info import info
 from dynadepth.cli.isoflop import isoflop
 from dynadepth.cli.pretrain import pretrain
 from dynadepth.cli.report import report
+from dynadepth.cli.search import search
 from dynadepth.cli.session import one_line_warnings
 from dynadepth.cli.tune import tune
 
@@ -52,6 +53,7 @@ app.command("frontier")(frontier)
 app.command("report")(report)
 app.command("pretrain")(pretrain)
 app.command("isoflop")(isoflop)
+app.command("search")(search)
 
 
 def main() -> None:

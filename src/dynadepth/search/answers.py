@@ -1,0 +1,118 @@
+"""How prompts are answered under routes: log-probabilities of their answers, margins, and the search's reward.
+
+Shape suffixes: N answers asked for, Q predicting positions, D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynadepth.evaluation.scoring import log_prob_chunks
+from dynadepth.search.layers import LayerRunner
+from dynadepth.search.questions import Question
+from dynadepth.search.tree import Counts
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a prompt's answers are worth under one route."""
+
+    log_probs: tuple[float, ...]
+    """Of a multiple choice: summed log-probability of each option, nats."""
+
+    margins: tuple[tuple[float, ...], ...] = ()
+    """Of a short answer, for the right results and the wrong ones: each token's log-probability minus that of the
+    most likely other token, nats."""
+
+    @property
+    def chosen(self) -> int | None:
+        """The option with the highest log-probability; None for a short answer."""
+        return max(range(len(self.log_probs)), key=self.log_probs.__getitem__) if self.log_probs else None
+
+    def margin(self, target: int) -> float:
+        """By how much the option `target` beats the best other one; of a short answer, 0 the right results and 1 the
+        wrong ones, at the token where it is least. Nats; above 0 where the target is the answer."""
+        if self.log_probs:
+            return self.log_probs[target] - max(p for o, p in enumerate(self.log_probs) if o != target)
+        return min(self.margins[target])
+
+    def reward(self, target: int) -> float:
+        """Between 0 and 1: the logistic function of the margin, of a short answer its mean over the tokens (which, other
+        than their least, tells a route that gets more of them right). The paper's reward is 1 for a right answer,
+        else 0: routes that come near an answer are then all alike."""
+        margins = (self.margin(target),) if self.log_probs else self.margins[target]
+        return sum(map(logistic, margins)) / len(margins)
+
+
+def logistic(margin: float) -> float:
+    """Share of two alternatives' probability that belongs to the one which is ahead by `margin` nats."""
+    return 1 / (1 + math.exp(-max(-60.0, min(60.0, margin))))
+
+
+def replies(runner: LayerRunner, questions: Sequence[Question], asked: Sequence[tuple[int, Counts]]) -> list[Reply]:
+    """Answers each (number of the question, route); the runner has taken the questions' rows."""
+    if not asked:
+        return []
+    predicted = [question.predicted() for question in questions]
+    places = [sorted({place for place, _, _ in pairs}) for pairs in predicted]
+    most = max(len(places[number]) for number, _ in asked)
+    picked: list[Tensor] = []
+    for (number, _), state_TD in zip(asked, runner.run(asked), strict=True):
+        own = places[number] + places[number][-1:] * (most - len(places[number]))
+        picked.append(state_TD[own])
+    states = runner.finish(torch.stack(picked))
+    # The head runs on real places alone.
+    states_XD = torch.cat([states.states_BTD[at, : len(places[number])] for at, (number, _) in enumerate(asked)])
+    starts, start = [], 0
+    for number, _ in asked:
+        starts.append(start)
+        start += len(places[number])
+    pairs = [
+        (starts[at] + places[number].index(place), token)
+        for at, (number, _) in enumerate(asked)
+        for place, token, _ in predicted[number]
+    ]
+    log_probs, others = _look_up(states_XD, states.to_logits, pairs)
+    out, done = [], 0
+    for number, _ in asked:
+        end = done + len(predicted[number])
+        out.append(_reply(questions[number], predicted[number], log_probs[done:end], others[done:end]))
+        done = end
+    return out
+
+
+def _reply(
+    question: Question, predicted: list[tuple[int, int, int]], log_probs: list[float], others: list[float]
+) -> Reply:
+    groups: dict[int, list[int]] = {}
+    for at, (_, _, group) in enumerate(predicted):
+        groups.setdefault(group, []).append(at)
+    if question.options is not None:
+        return Reply(tuple(math.fsum(log_probs[at] for at in groups[group]) for group in sorted(groups)))
+    return Reply((), tuple(tuple(log_probs[at] - others[at] for at in groups[group]) for group in sorted(groups)))
+
+
+def _look_up(
+    states_XD: Tensor, to_logits: Callable[[Tensor], Tensor], pairs: list[tuple[int, int]]
+) -> tuple[list[float], list[float]]:
+    """For each (row of `states_XD`, token): its log-probability, and the highest one of another token."""
+    rows_P, tokens_P = torch.tensor(pairs, device=states_XD.device).unbind(1)
+    order_P = rows_P.argsort(stable=True)
+    sorted_P = rows_P[order_P]
+    found_P = torch.empty(len(pairs), dtype=torch.float32, device=states_XD.device)
+    others_P = torch.empty_like(found_P)
+    for start, chunk_NV in log_prob_chunks(states_XD, to_logits):
+        bounds = torch.tensor([start, start + len(chunk_NV)], device=states_XD.device)
+        first, last = torch.searchsorted(sorted_P, bounds).tolist()
+        chosen = order_P[first:last]
+        rows, tokens = rows_P[chosen] - start, tokens_P[chosen]
+        found_P[chosen] = chunk_NV[rows, tokens]
+        top = chunk_NV.topk(2, dim=-1)
+        is_top = top.indices[rows, 0] == tokens
+        others_P[chosen] = torch.where(is_top, top.values[rows, 1], top.values[rows, 0])
+    return found_P.tolist(), others_P.tolist()

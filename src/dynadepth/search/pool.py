@@ -1,0 +1,129 @@
+"""Groups of questions searched by several processes; what a process that dies was given is searched again."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from dynadepth.errors import DynadepthError, SearchError
+from dynadepth.route_file import PromptRoutes
+from dynadepth.search.questions import Question
+from dynadepth.search.searcher import Searcher, SearchSettings
+
+Load = Callable[[], Any]
+"""Gives the model; is sent to the processes, so it is a function of a module, or a `functools.partial` of one."""
+
+MOST_DEATHS = 3
+"""So many processes may die at one group before the search gives up."""
+
+Group = list[Question]
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    group: Group
+
+
+def in_processes(
+    load: Load,
+    settings: SearchSettings,
+    groups: list[Group],
+    workers: int,
+    memory: int,
+    died: Callable[[str], object] | None = None,
+) -> Iterator[list[PromptRoutes]]:
+    """The routes of each group, as they are finished. `memory`: bytes for all processes together; they share the cores.
+
+    `died` is told of processes that were replaced. Raises `SearchError` where process after process dies at one group,
+    and whatever a process raised.
+    """
+    waiting = deque(groups)
+    deaths: Counter[tuple[str, str]] = Counter()
+    running: dict[Connection, _Worker] = {}
+    workers = min(workers, len(groups))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = (load, settings, memory // max(1, workers), max(1, cores // max(1, workers)))
+
+    def start() -> None:
+        context = mp.get_context("spawn")  # torch's threads do not survive a fork
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, *share), daemon=True)
+        process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        give(_Worker(process, ours, []))
+
+    def give(worker: _Worker) -> None:
+        worker.group = waiting.popleft() if waiting else []
+        running[worker.connection] = worker
+        try:
+            worker.connection.send(worker.group)
+        except OSError:  # it is dead: the pipe says so to the one who reads it
+            pass
+        if not worker.group:
+            del running[worker.connection]
+            worker.process.join()
+            worker.connection.close()
+
+    try:
+        for _ in range(workers):
+            start()
+        while running:
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                worker = running[connection]
+                try:
+                    kind, answer = connection.recv()
+                except (EOFError, OSError):
+                    del running[connection]
+                    worker.process.join()
+                    first = worker.group[0].source, worker.group[0].id
+                    deaths[first] += 1
+                    what = f"a worker died (exit code {worker.process.exitcode}) at the prompts from {first[1]} on"
+                    if deaths[first] == MOST_DEATHS:
+                        raise SearchError(
+                            f"{what}, the {MOST_DEATHS}rd time: there may be too little memory; go on with --resume and "
+                            f"fewer --workers than {workers}."
+                        ) from None
+                    if died is not None:
+                        died(f"{what}; they are searched again.")
+                    waiting.appendleft(worker.group)
+                    start()
+                    continue
+                if kind == "raised":
+                    raise answer
+                if kind == "failed":
+                    raise RuntimeError(f"a worker failed:\n{answer}")
+                give(worker)
+                yield answer
+    finally:
+        for worker in running.values():
+            worker.process.terminate()
+            worker.process.join()
+            worker.connection.close()
+
+
+def _work(connection: Connection, load: Load, settings: SearchSettings, memory: int, threads: int) -> None:
+    """A process: groups in, routes out, until an empty one comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who waits
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        searcher = Searcher(load(), settings, memory)
+        while group := connection.recv():
+            connection.send(("found", searcher.search(group)))
+    except DynadepthError as error:
+        connection.send(("raised", error))
+    except EOFError:  # the other side is gone
+        return
+    except Exception:
+        connection.send(("failed", traceback.format_exc()))

@@ -1,0 +1,134 @@
+"""A whole search: which prompts are done already, the rest in groups, each group written when it is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynadepth.adapter import identity
+from dynadepth.architectures import decoder_layers
+from dynadepth.errors import ConfigError
+from dynadepth.route_file import Header, PromptRoutes, RouteFile, RouteWriter, recover
+from dynadepth.search.layers import MEMORY, LayerRunner
+from dynadepth.search.pool import Load, in_processes
+from dynadepth.search.questions import Question
+from dynadepth.search.searcher import Searcher, SearchSettings, grouped
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of routes as a search left it, and what this run added to it."""
+
+    file: RouteFile
+    new: int
+    """Prompts searched by this run."""
+
+    seconds: float
+    """What they took, the loading of models included."""
+
+    @property
+    def prompts_per_minute(self) -> float | None:
+        """None where nothing was left to search."""
+        return 60 * self.new / self.seconds if self.new else None
+
+
+def header_for(model: Any, settings: SearchSettings, data: dict[str, str], provenance: dict[str, Any]) -> Header:
+    """`data`: digests of the data files by name. Raises `BudgetError` where no route of this model meets the budget."""
+    layers = decoder_layers(model)
+    settings.check(len(layers))
+    search = {**settings.to_dict(), "dtype": str(model.dtype).removeprefix("torch."), "data": data}
+    return Header(identity(model, layers), len(layers), search, provenance)
+
+
+def begin(out: Path, header: Header, resume: bool) -> RouteFile:
+    """The file to be added to: what it holds, or a new one.
+
+    Raises `ConfigError` where there is one and `resume` is not said, or it was begun with other settings; `DataError`
+    where it belongs to another model or is no such file.
+    """
+    found = None
+    if out.exists() and out.stat().st_size:
+        if not resume:
+            raise ConfigError(f"{out} exists: go on with it by --resume, or give another name.")
+        found = recover(out)
+    if found is None:
+        with RouteWriter(out) as writer:
+            writer.start(header)
+        return RouteFile(header, [])
+    found.check_model(out, header.model)
+    if found.header.search != header.search:
+        keys = sorted({*found.header.search, *header.search})
+        key = next(key for key in keys if found.header.search.get(key) != header.search.get(key))
+        raise ConfigError(
+            f"{out} was begun with {key} = {found.header.search.get(key)!r}, not {header.search.get(key)!r}: go on with "
+            "the same settings and data, or give another name."
+        )
+    return found
+
+
+def search(
+    model: Any,
+    questions: Sequence[Question],
+    settings: SearchSettings,
+    out: Path,
+    header: Header,
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    load: Load | None = None,
+    memory: int = MEMORY,
+    progress: Say | None = None,
+    warn: Say | None = None,
+) -> Found:
+    """Searches routes for the questions that are not in the file yet, and adds them to it.
+
+    `load` gives the model to each of several `workers`. `progress` is given a line after each group, `warn` a sentence
+    when a worker died and its prompts are searched again. Interrupted at any moment, it leaves the prompts of finished
+    groups; those it was at are searched by the next run. Raises as `begin`, `LayerRunner.check` and `in_processes`.
+    """
+    if workers > 1 and load is None:
+        raise ConfigError("several workers need `load`, a function that gives each its model.")
+    file = begin(out, header, resume)
+    done = {(prompt.source, prompt.id) for prompt in file.prompts}
+    left = [question for question in questions if (question.source, question.id) not in done]
+    groups = grouped(left, settings.seed)
+    started, new = time.monotonic(), 0
+    if groups:
+        LayerRunner(model).check(groups[0][0].row)
+    with RouteWriter(out) as writer:
+        for prompts in _searched(model, settings, groups, workers, load, memory, warn):
+            writer.append(prompts)
+            file.prompts.extend(prompts)
+            new += len(prompts)
+            if progress is not None:
+                progress(_line(new, len(left), len(done), time.monotonic() - started))
+    return Found(file, new, time.monotonic() - started)
+
+
+def _searched(
+    model: Any,
+    settings: SearchSettings,
+    groups: list[list[Question]],
+    workers: int,
+    load: Load | None,
+    memory: int,
+    warn: Say | None,
+) -> Iterator[list[PromptRoutes]]:
+    if workers > 1 and load is not None and groups:
+        yield from in_processes(load, settings, groups, workers, memory, warn)
+        return
+    searcher = Searcher(model, settings, memory)
+    for group in groups:
+        yield searcher.search(group)
+
+
+def _line(new: int, total: int, before: int, seconds: float) -> str:
+    rate = new / seconds
+    minutes, rest = divmod(round((total - new) / rate), 60)
+    again = f" ({before} were there)" if before else ""
+    return f"{new} of {total} prompts{again}, {60 * rate:.0f} a minute, {minutes}:{rest:02d} left"

@@ -1,0 +1,213 @@
+"""What the search keeps is what the model does: routes replay, budgets hold, the control is the same search."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import shorts, write_rows
+from dynadepth import hub
+from dynadepth.architectures import decoder_layers
+from dynadepth.errors import BudgetError, ConfigError, DataError
+from dynadepth.evaluation.tasks import load_tasks, run_tasks
+from dynadepth.search.answers import replies
+from dynadepth.search.layers import LayerRunner, path_of
+from dynadepth.search.questions import load_questions
+from dynadepth.search.searcher import Searcher, SearchSettings, grouped
+from dynadepth.search.tree import TreeSettings
+
+DENSE = (1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return hub.load_model(model_folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return hub.load_tokenizer(model_folder)
+
+
+@torch.no_grad()
+def plain_log_probs(model, question, counts):
+    """Log-probabilities `[T, V]` behind the prompt for each continuation, from a plain forward of moved layers."""
+    layers = decoder_layers(model)
+    before, number = list(layers), model.config.num_hidden_layers
+    del layers[:]
+    layers.extend(before[layer] for layer in path_of(counts))
+    model.config.num_hidden_layers = len(layers)
+    try:
+        out = []
+        for tokens in question.continuations:
+            ids = torch.tensor([question.context + tokens[:-1]])
+            out.append(model(input_ids=ids, use_cache=False).logits[0, len(question.context) - 1 :].log_softmax(-1))
+        return out
+    finally:
+        del layers[:]
+        layers.extend(before)
+        model.config.num_hidden_layers = number
+
+
+def plain_margin(model, question, counts):
+    """Margin of the gold answer by the definition, one continuation after the other."""
+    log_probs = plain_log_probs(model, question, counts)
+    if question.options is not None:
+        sums = [float(sum(row[t] for row, t in zip(p, tokens, strict=True)))
+                for p, tokens in zip(log_probs, question.continuations, strict=True)]  # fmt: skip
+        return sums[question.gold] - max(s for o, s in enumerate(sums) if o != question.gold)
+    (rows,), (tokens,) = log_probs, question.continuations
+    margins = []
+    for at in question.results:
+        others = rows[at].clone()
+        others[tokens[at]] = -math.inf
+        margins.append(float(rows[at][tokens[at]] - others.max()))
+    return min(margins)
+
+
+@pytest.fixture
+def questions(arc, tokenizer, tmp_path):
+    files = [arc(7), write_rows(tmp_path / "short.jsonl", shorts(5))]
+    return load_questions(files, tokenizer)[0]
+
+
+def test_found_routes_replay(model, questions):
+    settings = SearchSettings(TreeSettings(simulations=40, siblings=5), margin=0.01)
+    searcher = Searcher(model, settings)
+    found = [prompt for group in grouped(questions) for prompt in searcher.search(group)]
+    by_id = {question.id: question for question in questions}
+    assert {prompt.id for prompt in found} == set(by_id)
+    assert sum(len(prompt.routes) for prompt in found) > 20
+    assert any(prompt.dense.correct for prompt in found)
+    assert any(not prompt.dense.correct and prompt.routes for prompt in found)
+    for prompt in found:
+        question = by_id[prompt.id]
+        assert prompt.dense.margin == pytest.approx(plain_margin(model, question, DENSE), abs=1e-4)
+        assert prompt.dense.correct == (prompt.dense.margin > 0)
+        for route in prompt.routes:
+            assert route.margin == pytest.approx(plain_margin(model, question, route.counts), abs=1e-4)
+            assert route.correct
+            assert route.margin >= 0.01
+            assert route.layers <= (4 if prompt.dense.correct else 8)
+            assert route.counts != DENSE
+        assert 4 < prompt.executions < prompt.naive_executions
+
+
+def test_dense_is_what_the_harness_scores(model, tokenizer, arc, tmp_path):
+    """The same prompts, options and decision as `dynadepth eval`."""
+    pytest.importorskip("lm_eval")
+    from dynadepth.evaluation.lm_eval import DynadepthLM
+
+    path = arc(9)
+    wanted = run_tasks(DynadepthLM(model, tokenizer=tokenizer, bars=False), load_tasks(["arc_tiny"], tmp_path), None)
+    found = Searcher(model, SearchSettings(TreeSettings(simulations=1))).search(load_questions([path], tokenizer)[0])
+    assert sum(prompt.dense.correct for prompt in found) / 9 == pytest.approx(wanted["arc_tiny"].acc)
+
+
+def test_a_group_equals_its_questions_one_by_one(model, questions):
+    searcher = Searcher(model, SearchSettings(TreeSettings(simulations=30)))
+    together = {prompt.id: prompt for prompt in searcher.search(questions)}
+    for question in questions:
+        (alone,) = searcher.search([question])
+        other = together[question.id]
+        assert [route.counts for route in alone.routes] == [route.counts for route in other.routes]
+        assert (alone.executions, alone.naive_executions) == (other.executions, other.naive_executions)
+        assert alone.control == pytest.approx(other.control, abs=1e-4)
+
+
+def test_an_exhaustive_search_knows_every_route(model, questions):
+    """With all of 4 layers' routes tried, what is kept is all there is, and the best margin is the best there is."""
+    tree = TreeSettings(simulations=1000, max_consecutive_skips=4)
+    question = questions[0]
+    searcher = Searcher(model, SearchSettings(tree, margin=0.0))
+    (found,) = searcher.search([question])
+    allowed = [c for c in _all(4) if tree.allows(c) and c != DENSE]
+    answers = replies(searcher.runner, [question], [(0, counts) for counts in allowed])
+    most = 4 if found.dense.correct else 8
+    right = {c: a.margin(question.gold) for c, a in zip(allowed, answers, strict=True)
+             if a.margin(question.gold) > 0 and sum(c) <= most}  # fmt: skip
+    assert {route.counts: pytest.approx(route.margin, abs=1e-4) for route in found.routes} == right
+    assert found.naive_executions == 4 + 2 * sum(map(sum, allowed))
+
+
+def _all(n):
+    return [(first, *rest) for first in range(3) for rest in _all(n - 1)] if n else [()]
+
+
+def test_the_control_goes_towards_an_answer_nobody_gave(model, questions):
+    settings = SearchSettings(TreeSettings(simulations=20))
+    searcher = Searcher(model, settings)
+    for question in questions:
+        (found,) = searcher.search([question])
+        assert found.control is not None
+        if question.options is None:
+            assert all(
+                w != question.continuations[0][at] for w, at in zip(question.wrong, question.results, strict=True)
+            )
+        else:
+            two = replace(question, options=question.options[:2], continuations=question.continuations[:2], gold=0)
+            (of_two,) = searcher.search([two])
+            assert (of_two.control is None) == (not of_two.dense.correct)
+
+
+def test_short_answers(tokenizer, tmp_path):
+    (question,), _ = load_questions([write_rows(tmp_path / "gsm.jsonl", shorts(1))], tokenizer)
+    assert question.completion == " sky is the and class of it\n#### class"
+    words = [tokenizer.decode([question.continuations[0][at]]) for at in question.results]
+    assert words == ["the", "class", "class"]
+    assert question.options is None
+    rows = [{"id": 1, "question": "why ?", "answer": "it is the sky", "final": "sky"}]
+    (question,), _ = load_questions([write_rows(tmp_path / "plain.jsonl", rows)], tokenizer)
+    assert [tokenizer.decode([question.continuations[0][at]]) for at in question.results] == ["sky"]
+    assert question.wrong == ()  # there is no other result to draw
+    rows = [{"id": n, "context": "the sky is", "continuation": word} for n, word in enumerate(["blue", "on"])]
+    first, second = load_questions([write_rows(tmp_path / "last_word.jsonl", rows)], tokenizer)[0]
+    assert (first.completion, first.results, first.wrong) == (" blue", (0,), second.continuations[0])
+
+
+def test_budgets(model, questions):
+    tree = TreeSettings(simulations=60)
+    found = Searcher(model, SearchSettings(tree, budget=0.5, margin=0.0)).search(questions)
+    assert any(prompt.routes for prompt in found)
+    assert all(route.layers <= 2 for prompt in found for route in prompt.routes)
+    with pytest.raises(
+        BudgetError, match=r"no route can meet the budget 0\.2: .*1 of 4 layers run at least; give 0\.250"
+    ):
+        Searcher(model, SearchSettings(tree, budget=0.2))
+    for budget in (0.0, 2.5):
+        with pytest.raises(BudgetError, match="above 0 and at most 2"):
+            SearchSettings(budget=budget)
+    with pytest.raises(ConfigError, match="margin"):
+        SearchSettings(margin=-1.0)
+
+
+def test_data_that_cannot_be_searched(tokenizer, tmp_path, arc):
+    def refused(rows, match, name="some.jsonl", **options):
+        with pytest.raises(DataError, match=match):
+            load_questions([write_rows(tmp_path / name, rows)], tokenizer, **options)
+
+    refused([{"id": 1, "query": "why", "choices": ["a", "b"]}], r"no answer at row 1 \(the field 'gold'\)")
+    fine = {"id": 1, "query": "why", "choices": ["a", "b"], "gold": 1}
+    refused([fine, {**fine, "gold": None}], r"no answer at row 2 \(the field 'gold'\)")
+    refused([{"question": "why"}], r"no answer at row 1 \(the field 'answer'\)")
+    refused([{"text": "the sky"}], "which no task has")
+    refused([{**fine, "gold": 2}], "no index of its 2 choices")
+    refused([fine, fine], "id '1' twice")
+    contexts = {"context_options": ["the", "a"], "continuation": "sky", "gold": 0}
+    refused([contexts], "options differ in their context")
+    refused(
+        [{**fine, "query": "the " * 50}],
+        r"no prompt to search .*1 of 1 prompts .*longer than the 20 tokens",
+        longest=20,
+    )
+    kept, remarks = load_questions(
+        [write_rows(tmp_path / "mixed.jsonl", [fine, {**fine, "id": 2, "query": "the " * 50}])], tokenizer, longest=20
+    )
+    assert [question.id for question in kept] == ["1"]
+    assert "the first is 2, " in remarks[0]
+    assert [question.id for question in load_questions([arc(6)], tokenizer, limit=2)[0]] == ["q0", "q1"]
+
+
+def test_runners_refuse_nothing_they_can_do(model, questions):
+    LayerRunner(model).check(questions[0].row)
