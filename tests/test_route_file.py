@@ -171,7 +171,7 @@ def test_other_files_are_refused(path, tmp_path):
         with pytest.raises(DataError, match="its first line is not the header"):
             function(path)
     path.write_bytes(b"something else")
-    with pytest.raises(DataError, match=r"no file of routes|damaged at line 1"):
+    with pytest.raises(DataError, match="no file of routes"):
         recover(path)
     assert path.read_bytes() == b"something else"
     path.write_bytes(b"")

@@ -192,8 +192,8 @@ def recover(path: str | Path) -> RouteFile | None:
     path = Path(path)
     data, zipped = path.read_bytes(), path.name.endswith(".gz")
     good = _whole(data, zipped)
-    if good == 0 and data and not _may_be_cut_header(data, zipped):
-        raise DataError(f"{path} is no file of routes: delete it, or give another name.")
+    if data and not _may_be_header(data[:PIECE], zipped):
+        raise DataError(_foreign(path))
     if good < len(data):
         with path.open("r+b") as file:
             file.truncate(good)
@@ -225,13 +225,14 @@ def _whole(data: bytes, zipped: bool) -> int:
         return len(data)
 
 
-def _may_be_cut_header(data: bytes, zipped: bool) -> bool:
+def _may_be_header(data: bytes, zipped: bool) -> bool:
+    """Whether a file that begins so, and may be cut off anywhere, can be one of routes."""
     if zipped:
         try:
             data = zlib.decompressobj(wbits=31).decompress(data)
         except zlib.error:
             return False
-    start = json.dumps({"format": FORMAT, "kind": KIND})[:-1].encode()
+    start = b'{"format": '
     return data[: len(start)] == start[: len(data)]
 
 
@@ -264,11 +265,15 @@ def _damaged(path: str | Path, line: int, why: str) -> str:
     )
 
 
+def _foreign(path: str | Path) -> str:
+    return f"{path} is no file of routes: its first line is not the header of `dynadepth search`."
+
+
 def _header(line: str, path: str | Path) -> Header:
     try:
         data = json.loads(line)
         if not isinstance(data, dict) or data.get("kind") != KIND:
-            raise DataError(f"{path} is no file of routes: its first line is not the header of `dynadepth search`.")
+            raise DataError(_foreign(path))
         if type(data["format"]) is not int or data["format"] < 1:
             raise ValueError(f"format {data['format']!r}")
         if data["format"] > FORMAT:

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from search_data import shorts, write_rows
 
-from conftest import shorts, write_rows
 from dynadepth import hub
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import BudgetError, ConfigError, DataError
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
 from dynadepth.search.answers import replies
-from dynadepth.search.layers import LayerRunner, path_of
+from dynadepth.search.layers import path_of
 from dynadepth.search.questions import load_questions
 from dynadepth.search.searcher import Searcher, SearchSettings, grouped
 from dynadepth.search.tree import TreeSettings
@@ -207,7 +207,3 @@ def test_data_that_cannot_be_searched(tokenizer, tmp_path, arc):
     assert [question.id for question in kept] == ["1"]
     assert "the first is 2, " in remarks[0]
     assert [question.id for question in load_questions([arc(6)], tokenizer, limit=2)[0]] == ["q0", "q1"]
-
-
-def test_runners_refuse_nothing_they_can_do(model, questions):
-    LayerRunner(model).check(questions[0].row)

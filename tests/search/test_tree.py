@@ -72,13 +72,13 @@ def test_a_short_search_keeps_the_rules(rules, n_layers, simulations, seed):
 
 
 def test_it_finds_more_than_chance():
-    """Four of 30 layers hurt, one wants to run twice; every other change costs. The dense route has a reward of 0.27."""
+    """Four of 30 layers hurt, one wants to run twice; every other change costs. The dense route earns 0.27."""
     hurt, again = {3, 9, 14, 20}, 11
 
     def reward(route):
         margin = -1.0
         for layer, count in enumerate(route):
-            if layer in hurt and count == 0 or layer == again and count == 2:
+            if (layer in hurt and count == 0) or (layer == again and count == 2):
                 margin += 0.8
             elif count != 1:
                 margin -= 0.5

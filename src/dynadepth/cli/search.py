@@ -147,10 +147,16 @@ def show(results: dict[str, Any]) -> None:
         spent.add_row(name, number(row["routes"]), percent(row["layers"]), *actions, number(row["executions"]), fewer)
     console.print(answers)
     console.print(
-        "corrected: of the prompts that dense answers wrongly; control: the same search towards another wrong answer, of "
-        "these prompts.",
+        "corrected: of the prompts that dense answers wrongly; control: of these, the same search towards another "
+        "wrong answer.",
         style="dim",
     )
+    for row in results["all"]["by_margin"]:
+        console.print(
+            f"With a lead of {row['margin']} nats: corrected {percent(row['corrected'])}, control "
+            f"{percent(row['control_corrected'])}.",
+            style="dim",
+        )
     console.print(spent)
     if results["prompts_per_minute"] is not None:
         rate, new = number(results["prompts_per_minute"], 1), number(results["new_prompts"])

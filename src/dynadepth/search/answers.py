@@ -42,9 +42,9 @@ class Reply:
         return min(self.margins[target])
 
     def reward(self, target: int) -> float:
-        """Between 0 and 1: the logistic function of the margin, of a short answer its mean over the tokens (which, other
-        than their least, tells a route that gets more of them right). The paper's reward is 1 for a right answer,
-        else 0: routes that come near an answer are then all alike."""
+        """Between 0 and 1: the logistic function of the margin, of a short answer its mean over the tokens (which,
+        other than their least, tells a route that gets more of them right). The paper's reward is 1 for a right
+        answer, else 0: routes that come near an answer are then all alike."""
         margins = (self.margin(target),) if self.log_probs else self.margins[target]
         return sum(map(logistic, margins)) / len(margins)
 

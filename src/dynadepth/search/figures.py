@@ -8,12 +8,16 @@ same margin and under the same limits.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from dynadepth.route_file import PromptRoutes, RouteFile
 from dynadepth.statistics import standard_error
+
+MARGINS = (0.5, 1.0, 2.0)
+"""Larger leads at which the finds are set beside the control's, nats."""
 
 
 def summarise(file: RouteFile) -> dict[str, Any]:
@@ -36,6 +40,7 @@ def figures_of(prompts: Sequence[PromptRoutes], n_layers: int, margin: float) ->
     the ones whose wrong answer was reached (compare `control_corrected` with `corrected`); `shorter`: of the prompts
     that dense answers rightly, those with a kept route of fewer layers; `layers`: mean of the best route's, of the
     model's (dense where none was kept); `actions`: layers skipped, executed and repeated by the best routes;
+    `by_margin`: `corrected` and `control_corrected` where the lead must be larger, which leaves less to luck;
     `routes`: kept; `executions`, `naive_executions`: layers run, controls included; `times_fewer`: their ratio.
     """
     right = [prompt for prompt in prompts if prompt.dense.correct]
@@ -47,8 +52,13 @@ def figures_of(prompts: Sequence[PromptRoutes], n_layers: int, margin: float) ->
     executions, naive = sum(p.executions for p in prompts), sum(p.naive_executions for p in prompts)
     layers = sum(route.layers for route in best) + n_layers * (len(prompts) - len(best))
 
-    def reached(prompt: PromptRoutes) -> bool:
-        return prompt.control is not None and prompt.control > 0 and prompt.control >= margin
+    def corrected(least: float) -> float | None:
+        leads = [max((route.margin for route in prompt.routes), default=-math.inf) for prompt in wrong]
+        return _share(sum(lead >= least for lead in leads), len(wrong))
+
+    def control(among: Sequence[PromptRoutes], least: float) -> float | None:
+        leads = [prompt.control for prompt in among if prompt.control is not None]
+        return _share(sum(lead > 0 and lead >= least for lead in leads), len(leads))
 
     return {
         "prompts": len(prompts),
@@ -56,14 +66,16 @@ def figures_of(prompts: Sequence[PromptRoutes], n_layers: int, margin: float) ->
         "oracle": _share(sum(oracle), len(prompts)),
         "oracle_stderr": standard_error(oracle),
         "dense_wrong": len(wrong),
-        "corrected": _share(sum(bool(prompt.routes) for prompt in wrong), len(wrong)),
+        "corrected": corrected(margin),
         "controls": len(controlled),
-        "control": _share(sum(map(reached, controlled)), len(controlled)),
+        "control": control(prompts, margin),
         "controls_dense_wrong": sum(not prompt.dense.correct for prompt in controlled),
-        "control_corrected": _share(
-            sum(reached(prompt) for prompt in controlled if not prompt.dense.correct),
-            sum(not prompt.dense.correct for prompt in controlled),
-        ),
+        "control_corrected": control(wrong, margin),
+        "by_margin": [
+            {"margin": least, "corrected": corrected(least), "control_corrected": control(wrong, least)}
+            for least in MARGINS
+            if least > margin
+        ],
         "shorter": _share(sum(any(route.layers < n_layers for route in prompt.routes) for prompt in right), len(right)),
         "layers": _share(layers, n_layers * len(prompts)),
         "actions": {"skip": counts[0], "execute": counts[1], "repeat": counts[2]},

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynadepth.architectures import decoder_layers, decoder_of, text_config
+from dynadepth.architectures import decoder_layers, decoder_of
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation.scoring import Scorer, States
 from dynadepth.routed import is_attached

@@ -8,6 +8,7 @@ import signal
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -64,10 +65,8 @@ def in_processes(
     def give(worker: _Worker) -> None:
         worker.group = waiting.popleft() if waiting else []
         running[worker.connection] = worker
-        try:
+        with suppress(OSError):  # it may be dead: the pipe says so to the one who reads it
             worker.connection.send(worker.group)
-        except OSError:  # it is dead: the pipe says so to the one who reads it
-            pass
         if not worker.group:
             del running[worker.connection]
             worker.process.join()
@@ -90,8 +89,8 @@ def in_processes(
                     what = f"a worker died (exit code {worker.process.exitcode}) at the prompts from {first[1]} on"
                     if deaths[first] == MOST_DEATHS:
                         raise SearchError(
-                            f"{what}, the {MOST_DEATHS}rd time: there may be too little memory; go on with --resume and "
-                            f"fewer --workers than {workers}."
+                            f"{what}, for the last of {MOST_DEATHS} times: there may be too little memory; go on with "
+                            f"--resume and fewer --workers than {workers}."
                         ) from None
                     if died is not None:
                         died(f"{what}; they are searched again.")

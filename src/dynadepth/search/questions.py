@@ -120,8 +120,8 @@ def load_questions(
         if len(fitting) < len(read):
             first = next(question for question in read if question not in fitting)
             remarks.append(
-                f"{len(read) - len(fitting)} of {len(read)} prompts of {path} are longer than the {longest} tokens that "
-                f"the model reads, and are left out (the first is {first.id}, {first.length} tokens)."
+                f"{len(read) - len(fitting)} of {len(read)} prompts of {path} are longer than the {longest} tokens "
+                f"that the model reads, and are left out (the first is {first.id}, {first.length} tokens)."
             )
         questions += fitting
     if not questions:
@@ -167,7 +167,7 @@ def _read(
         options = tuple(" " + choice for choice in format_.choices(row))
         gold = int(format_.target(row))
         continuations = tuple(map(continued, options))
-        completion, results = options[gold], ()
+        completion, results = options[gold], tuple[int, ...]()
     else:
         options, gold = None, None
         completion, spans = _short_answer(row, format_)

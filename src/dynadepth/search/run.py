@@ -65,8 +65,8 @@ def begin(out: Path, header: Header, resume: bool) -> RouteFile:
         keys = sorted({*found.header.search, *header.search})
         key = next(key for key in keys if found.header.search.get(key) != header.search.get(key))
         raise ConfigError(
-            f"{out} was begun with {key} = {found.header.search.get(key)!r}, not {header.search.get(key)!r}: go on with "
-            "the same settings and data, or give another name."
+            f"{out} was begun with {key} = {found.header.search.get(key)!r}, not {header.search.get(key)!r}: go on "
+            "with the same settings and data, or give another name."
         )
     return found
 

@@ -35,7 +35,7 @@ class SearchSettings:
 
     tree: TreeSettings = field(default_factory=TreeSettings)
     margin: float = 0.1
-    """By how much the right answer must lead under a route that is kept, in nats. Ours: the paper has no such thing, but
+    """By how much the right answer must lead under a route that is kept, in nats. Ours: the paper has none, but
     what wins by less is decided by rounding and luck."""
 
     budget: float | None = None

@@ -1,0 +1,60 @@
+"""`dynadepth search` as a user meets it."""
+
+import json
+
+import pytest
+
+from dynadepth import route_file
+
+ROWS = [
+    {"id": n, "query": f"why is the {word}", "choices": ["blue", "sky of", "Python"], "gold": n % 3}
+    for n, word in enumerate(["sky", "object", "class", "function"])
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "arc_tiny.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_search(answered, model_folder, data, tmp_path):
+    out = tmp_path / "routes.jsonl.gz"
+    words = ["search", model_folder, "--data", data, "--out", out, "--simulations", 10, "--margin", 0.0]
+    document, result = answered(*words, "--limit", 3)
+    file = route_file.read(out)
+    assert len(file.prompts) == document["all"]["prompts"] == document["new_prompts"] == 3
+    assert file.header.provenance["model"]["fingerprint"] == file.header.model["fingerprint"]
+    assert document["all"]["times_fewer"] > 1
+    assert "control" in result.stdout
+    assert "arc_tiny" in result.stdout
+    assert f"wrote {out}" in result.stderr
+    document, _ = answered(*words, "--resume")
+    assert (document["all"]["prompts"], document["new_prompts"]) == (4, 1)
+    document, result = answered(*words, "--resume")
+    assert (document["new_prompts"], document["prompts_per_minute"]) == (0, None)
+
+
+def test_bad_input(refused, model_folder, data, tmp_path):
+    out = tmp_path / "routes.jsonl.gz"
+
+    def sentence(*words, data=data, out=out):
+        return refused("search", model_folder, "--data", data, "--out", out, *words)
+
+    assert "no route can meet the budget 0.1" in sentence("--budget", 0.1)
+    assert "budget must be above 0" in sentence("--budget", 3)
+    assert "simulations must be at least 1" in sentence("--simulations", 0).replace("--", "")
+    assert "max_consecutive_skips must be at least 0" in sentence("--max-consecutive-skips", -1)
+    assert "--workers must be at least 1" in sentence("--workers", 0)
+    assert "must end in .jsonl" in sentence(out=tmp_path / "routes.txt")
+    assert "no folder" in sentence(out=tmp_path / "none" / "routes.jsonl")
+    assert "There is no file" in sentence(data=tmp_path / "none.jsonl")
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"id": 1, "query": "why", "choices": ["a", "b"]}\n')
+    assert "no answer at row 1" in sentence(data=bare)
+    assert not out.exists()
+    out.write_bytes(b"mine")
+    assert "exists" in sentence()
+    assert "no file of routes" in sentence("--resume")
+    assert out.read_bytes() == b"mine"
