@@ -1,6 +1,6 @@
 """How prompts are answered under routes: log-probabilities of their answers, margins, and the search's reward.
 
-Shape suffixes: N answers asked for, Q predicting positions, D features, V vocabulary.
+Shape suffixes: X predicting positions, P (position, token) pairs, D features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynadepth.evaluation.scoring import log_prob_chunks
+from dynadepth.evaluation.scoring import CHUNK_ELEMENTS
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import Question
 from dynadepth.search.tree import Counts
@@ -77,7 +77,9 @@ def replies(runner: LayerRunner, questions: Sequence[Question], asked: Sequence[
         for at, (number, _) in enumerate(asked)
         for place, token, _ in predicted[number]
     ]
-    log_probs, others = _look_up(states_XD, states.to_logits, pairs)
+    log_probs, others = _look_up(
+        states_XD, states.to_logits, pairs, with_others=any(question.options is None for question in questions)
+    )
     out, done = [], 0
     for number, _ in asked:
         end = done + len(predicted[number])
@@ -98,21 +100,25 @@ def _reply(
 
 
 def _look_up(
-    states_XD: Tensor, to_logits: Callable[[Tensor], Tensor], pairs: list[tuple[int, int]]
+    states_XD: Tensor, to_logits: Callable[[Tensor], Tensor], pairs: list[tuple[int, int]], with_others: bool
 ) -> tuple[list[float], list[float]]:
-    """For each (row of `states_XD`, token): its log-probability, and the highest one of another token."""
+    """For each (row of `states_XD`, token): its log-probability and, if asked for, the highest one of another token."""
     rows_P, tokens_P = torch.tensor(pairs, device=states_XD.device).unbind(1)
     order_P = rows_P.argsort(stable=True)
     sorted_P = rows_P[order_P]
     found_P = torch.empty(len(pairs), dtype=torch.float32, device=states_XD.device)
-    others_P = torch.empty_like(found_P)
-    for start, chunk_NV in log_prob_chunks(states_XD, to_logits):
-        bounds = torch.tensor([start, start + len(chunk_NV)], device=states_XD.device)
+    others_P = torch.zeros_like(found_P)
+    size = max(1, CHUNK_ELEMENTS // to_logits(states_XD[:1]).shape[-1])
+    for start in range(0, len(states_XD), size):
+        chunk_XV = to_logits(states_XD[start : start + size]).float()
+        bounds = torch.tensor([start, start + len(chunk_XV)], device=states_XD.device)
         first, last = torch.searchsorted(sorted_P, bounds).tolist()
         chosen = order_P[first:last]
         rows, tokens = rows_P[chosen] - start, tokens_P[chosen]
-        found_P[chosen] = chunk_NV[rows, tokens]
-        top = chunk_NV.topk(2, dim=-1)
-        is_top = top.indices[rows, 0] == tokens
-        others_P[chosen] = torch.where(is_top, top.values[rows, 1], top.values[rows, 0])
+        total_P = chunk_XV.logsumexp(-1)[rows]
+        found_P[chosen] = chunk_XV[rows, tokens] - total_P
+        if with_others:
+            top = chunk_XV.topk(2, dim=-1)
+            is_top = top.indices[rows, 0] == tokens
+            others_P[chosen] = torch.where(is_top, top.values[rows, 1], top.values[rows, 0]) - total_P
     return found_P.tolist(), others_P.tolist()
