@@ -22,7 +22,8 @@ def rebuilt(model, counts):
     layers = decoder_layers(model)
     before = list(layers)
     del layers[:]
-    layers.extend(before[layer] for layer in path_of(counts))
+    for layer, count in enumerate(counts):
+        layers.extend([before[layer]] * count)
     return before
 
 
@@ -71,6 +72,10 @@ def test_equals_a_model_whose_layers_were_moved(name):
     runner.take(ROWS)
     compare(model, runner, [(number, counts) for counts in routes(4, 6) for number in (0, 1)])
     assert all("forward" not in vars(layer) for layer in decoder_layers(model))
+
+
+def test_paths():
+    assert path_of((1, 0, 2, 1)) == (0, 2, 2, 3)
 
 
 def test_shared_prefixes_run_once():

@@ -12,7 +12,7 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.errors import BudgetError, ConfigError, DataError
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
 from dynadepth.search.answers import replies
-from dynadepth.search.layers import path_of
+from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
 from dynadepth.search.searcher import Searcher, SearchSettings, grouped
 from dynadepth.search.tree import TreeSettings
@@ -36,7 +36,8 @@ def plain_log_probs(model, question, counts):
     layers = decoder_layers(model)
     before, number = list(layers), model.config.num_hidden_layers
     del layers[:]
-    layers.extend(before[layer] for layer in path_of(counts))
+    for layer, count in enumerate(counts):
+        layers.extend([before[layer]] * count)
     model.config.num_hidden_layers = len(layers)
     try:
         out = []
@@ -50,20 +51,29 @@ def plain_log_probs(model, question, counts):
         model.config.num_hidden_layers = number
 
 
+def plain_margins(model, question, counts):
+    """Of a short answer: the leads of its right results and of the wrong ones, token by token."""
+    (rows,), (tokens,) = plain_log_probs(model, question, counts), question.continuations
+
+    def lead(at, token):
+        others = rows[at].clone()
+        others[token] = -math.inf
+        return float(rows[at][token] - others.max())
+
+    right = [lead(at, tokens[at]) for at in question.results]
+    return right, [lead(at, token) for at, token in zip(question.results, question.wrong, strict=True)]
+
+
 def plain_margin(model, question, counts):
     """Margin of the gold answer by the definition, one continuation after the other."""
+    if question.options is None:
+        return min(plain_margins(model, question, counts)[0])
     log_probs = plain_log_probs(model, question, counts)
-    if question.options is not None:
-        sums = [float(sum(row[t] for row, t in zip(p, tokens, strict=True)))
-                for p, tokens in zip(log_probs, question.continuations, strict=True)]  # fmt: skip
-        return sums[question.gold] - max(s for o, s in enumerate(sums) if o != question.gold)
-    (rows,), (tokens,) = log_probs, question.continuations
-    margins = []
-    for at in question.results:
-        others = rows[at].clone()
-        others[tokens[at]] = -math.inf
-        margins.append(float(rows[at][tokens[at]] - others.max()))
-    return min(margins)
+    sums = [
+        float(sum(row[token] for row, token in zip(rows, tokens, strict=True)))
+        for rows, tokens in zip(log_probs, question.continuations, strict=True)
+    ]
+    return sums[question.gold] - max(total for option, total in enumerate(sums) if option != question.gold)
 
 
 @pytest.fixture
@@ -103,6 +113,23 @@ def test_dense_is_what_the_harness_scores(model, tokenizer, arc, tmp_path):
     wanted = run_tasks(DynadepthLM(model, tokenizer=tokenizer, bars=False), load_tasks(["arc_tiny"], tmp_path), None)
     found = Searcher(model, SearchSettings(TreeSettings(simulations=1))).search(load_questions([path], tokenizer)[0])
     assert sum(prompt.dense.correct for prompt in found) / 9 == pytest.approx(wanted["arc_tiny"].acc)
+
+
+def test_leads_of_short_answers(model, questions):
+    questions = [question for question in questions if question.options is None]
+    runner = LayerRunner(model)
+    runner.take([question.row for question in questions])
+    asked = [(number, counts) for number in range(len(questions)) for counts in (DENSE, (1, 0, 2, 1), (2, 1, 1, 0))]
+    leads = []
+    for (number, counts), reply in zip(asked, replies(runner, questions, asked), strict=True):
+        right, wrong = plain_margins(model, questions[number], counts)
+        assert reply.margins[0] == pytest.approx(right, abs=1e-4)
+        assert reply.margins[1] == pytest.approx(wrong, abs=1e-4)
+        assert reply.margin(1) == min(reply.margins[1])
+        assert reply.chosen is None
+        leads += right + wrong
+    assert any(lead > 0.01 for lead in leads)
+    assert 0 < reply.reward(0) < 1
 
 
 def test_a_group_equals_its_questions_one_by_one(model, questions):

@@ -92,7 +92,7 @@ def test_it_finds_more_than_chance():
             found += max(tree.evaluated.values()) > 0.5
         return found
 
-    assert solved() >= 12
+    assert solved() >= 17  # 13 where moves are drawn without regard to what they gained
     assert solved(random_prior=1.0) <= 8
 
 
