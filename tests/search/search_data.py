@@ -15,7 +15,7 @@ def choices(n: int, shift: int = 0) -> list[dict[str, Any]]:
     for number in range(n):
         word = [WORDS[(number * 5 + 3 * at + shift) % len(WORDS)] for at in range(7)]
         query = " ".join(["what", "is", *word[: 2 + number % 3], f"{'for ' * (number // 12)}in"])
-        options = [f"{word[4]} {word[5]}", word[6], f"the {word[3]}"]
+        options = [f"{word[4]} {word[5]}", word[6], f"the {word[3]}{' of' * (number % 3)}"]
         rows.append({"id": f"q{number}", "query": query, "choices": options, "gold": number % 3})
     return rows
 
