@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from dynadepth.cli import options
-from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, say, table, write_json
+from dynadepth.cli.session import (
+    number,
+    open_model,
+    out,
+    percent,
+    progress,
+    quiet_libraries,
+    reporting,
+    say,
+    table,
+    write_json,
+)
 from dynadepth.errors import ConfigError
 
 
@@ -87,7 +98,6 @@ def search(
             seed=seed,
         )
         loaded, tokenizer = open_model(model, dtype=dtype)
-        from dynadepth.hub import load_model
         from dynadepth.report.stamp import stamp
 
         provenance = stamp(model, loaded, seed=seed)
@@ -101,7 +111,7 @@ def search(
                 limit=limit,
                 resume=resume,
                 workers=workers,
-                load=functools.partial(load_model, model, dtype=dtype, device=str(loaded.device)),
+                load=functools.partial(_load, model, dtype, str(loaded.device)),
                 provenance=provenance,
                 progress=tell,
                 warn=lambda sentence: say(sentence, "yellow", "warning: "),
@@ -117,6 +127,14 @@ def search(
         show(results)
         say(f"wrote {out_file}")
         write_json(json_file, results)
+
+
+def _load(name: str, dtype: str, device: str) -> Any:
+    """The model of another process, without the bars of its loading."""
+    from dynadepth.hub import load_model
+
+    quiet_libraries()
+    return load_model(name, dtype=dtype, device=device)
 
 
 def show(results: dict[str, Any]) -> None:
