@@ -102,6 +102,12 @@ def test_other_settings_are_not_mixed_in(study):
         run_isoflop(other, [], folder / "out")
 
 
+def test_several_processes_are_refused(study, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="A study runs in one process, not in 2"):
+        run_isoflop(STUDY, [], study[0] / "out")
+
+
 def test_a_damaged_cell_is_said_and_trained_again(study):
     folder, found, _ = study
     cell = next(iter(found))

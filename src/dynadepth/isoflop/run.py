@@ -11,6 +11,7 @@ the difference, before anything is trained. Nothing is remembered beside the fil
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,8 @@ def run_isoflop(
     NaN is a cell without losses, which says so.
     """
     teller = teller or Teller()
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"A study runs in one process, not in {processes}: leave accelerate launch to pretrain.")
     first = recipe.pretraining(next(iter(recipe.cells())))
     corpus = (
         prepare(first, files, valid, out / CORPUS, teller.detail) if files or valid else load(out / CORPUS, first.start)
