@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dynadepth import adapter
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for, text_config
 from dynadepth.architectures import probe as probing
+from dynadepth.compiled import is_compiled, uncompile
 from dynadepth.errors import AdapterError, BudgetError, ConfigError, UnsupportedModelError
 from dynadepth.lora import Lora, LoraSettings, inject, read_config, remove
 from dynadepth.methods import DepthConfig, config_from_dict
@@ -57,6 +58,10 @@ def attach(model: M, config: DepthConfig) -> M:
     base = unwrapped(model)
     if is_attached(base):
         raise ConfigError(f"{type(base).__name__} is already routed: dynadepth.detach(model) first.")
+    if is_compiled(base):
+        raise ConfigError(
+            f"{type(base).__name__} is compiled as it is: dynadepth.uncompile(model) first, and compile it routed."
+        )
     spec = spec_for(base)
     layers = decoder_layers(base, spec)
     routing = _plan(base, config, spec, len(layers))
@@ -209,8 +214,10 @@ def _entrances(base: PreTrainedModel) -> list[nn.Module]:
 
 
 def detach(model: M) -> M:
-    """Takes the routers off: the model is again what it was, trainable parameters included. Returns it."""
+    """Takes the routers off: the model is again what it was, trainable parameters included, and not compiled. Returns
+    it."""
     base = unwrapped(model)
+    uncompile(base)
     routing = routing_of(base)
     layers = decoder_layers(base, routing.spec)
     if routing.lora is not None:

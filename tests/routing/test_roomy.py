@@ -115,7 +115,7 @@ def test_gradients_go_through_as_in_the_plain_layer() -> None:
     new = states(1, 3).requires_grad_()
     keys, _ = one.update(new, new)
     keys.sum().backward()
-    assert new.grad is not None and torch.equal(new.grad, torch.ones_like(new))
+    assert torch.equal(new.grad, torch.ones_like(new))
 
 
 def test_room_made_in_inference_mode_is_left_outside_it() -> None:
@@ -124,14 +124,16 @@ def test_room_made_in_inference_mode_is_left_outside_it() -> None:
         one.update(states(4, 0), states(4, 1))
         one.update(states(1, 2), states(1, 2))
     keys, _ = one.update(states(1, 3), states(1, 3))
-    assert keys.shape[2] == 6 and not keys.is_inference()
+    assert keys.shape[2] == 6
+    assert not keys.is_inference()
 
 
 def test_an_empty_layer_becomes_plain_again() -> None:
     for kind in (DynamicLayer, DynamicSlidingWindowLayer):
         one = roomy_layer(kind)
         make_plain(one)
-        assert type(one) is kind and not vars(one).keys() & {"_room", "_lent", "_start"}
+        assert type(one) is kind
+        assert not vars(one).keys() & {"_room", "_lent", "_start"}
 
 
 @FAMILY

@@ -21,10 +21,11 @@ CHUNK = 256
 
 
 class Room:
-    """Mixin of both kinds of layer. `_lent`: the views that `keys` and `values` are while the room is in use; `_room`:
-    the tensors they are views of; `_start`: their first token's place in it."""
+    """Mixin of both kinds of layer, last among their bases, or a layer's class could not be changed in place.
 
-    __slots__ = ()  # and last among the bases: or the class of a layer could not be changed in place
+    `_lent`: the views that `keys` and `values` are while the room is in use; `_room`: the tensors they are views of;
+    `_start`: their first token's place in it.
+    """
 
     keys: Any
     values: Any
@@ -128,7 +129,8 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer, Room):
         return keys, values
 
     def accept(self, keys: Tensor, values: Tensor) -> None:
-        self.cumulative_length += keys.shape[2] - self.keys.shape[2]
+        held: Any = self.keys
+        self.cumulative_length += keys.shape[2] - held.shape[2]
         left = max(keys.shape[2] - self.sliding_window + 1, 0)
         self._start += left
         kept = keys.shape[2] - left
