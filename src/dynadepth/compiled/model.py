@@ -109,7 +109,7 @@ def _check(base: Any, steps: Steps) -> None:
     with quietly(base), disabling(steps.routing):
         steps.failed = True
         expected = answer()
-        compiled, steps.executed, steps.failed = steps.executed, apart, False
+        make, steps.make, steps.failed = steps.make, lambda: apart, False
         try:
             found = answer()
         except (AttributeError, AssertionError, KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -118,7 +118,7 @@ def _check(base: Any, steps: Steps) -> None:
                 f"token ({error!r})."
             ) from error
         finally:
-            steps.executed = compiled
+            steps.reset(make)
     if not ran:
         raise UnsupportedModelError(
             f"{type(base).__name__} cannot be compiled: its layers keep no keys and values in a DynamicCache."

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynadepth.routing.call import CACHE_NAMES
+from dynadepth.routing.call import CACHE_NAMES, SublayerCall
 from dynadepth.routing.skip_path import Memory, Reality
 from dynadepth.routing.sublayer import PATH, ROUTER, RoutedNorm, RoutedSublayer, SublayerState, restore_class
 
@@ -25,17 +25,19 @@ class StepStore:
     """What one layer sees as its cache during one step of one token.
 
     `keys`, `values` `[rows, heads, tokens, head size]`: the last place is still to be written. `memory`, `reality`: of
-    a skip path that streams, `memory` its new one after the step.
+    a skip path that streams, `memory` its new one after the step. `rows`: int64 indices of the rows that execute and of
+    those that skip, where they differ.
     """
 
     def __init__(
         self,
         keys: Tensor | None,
         values: Tensor | None,
-        memory: tuple[Tensor, ...] | None,
-        reality: tuple[Tensor, ...] | None,
+        memory: tuple[Tensor, ...] | None = None,
+        reality: tuple[Tensor, ...] | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.keys, self.values, self.memory, self.reality = keys, values, memory, reality
+        self.keys, self.values, self.memory, self.reality, self.rows = keys, values, memory, reality, rows
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache layer's."""
@@ -47,6 +49,11 @@ class StepStore:
         return self.keys, self.values
 
 
+def store_of(kwargs: dict[str, Any]) -> StepStore:
+    """The store among a sublayer's arguments."""
+    return next(kwargs[name] for name in CACHE_NAMES if name in kwargs)
+
+
 class Skipped(nn.Module):
     """Stands for a sublayer that is skipped: its skip path, or nothing."""
 
@@ -55,19 +62,45 @@ class Skipped(nn.Module):
         self.path, self.target = state.skip_path, state.target
         self.streams, self.extras = state.skip_path.streams, state.extras
 
+    def contribution(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """The skip path's part, whose memory in the store moves on; None for nothing."""
+        if not self.streams:
+            return None
+        store = store_of(kwargs)
+        assert store.memory is not None
+        last, total, count = store.memory
+        reality = None if store.reality is None else Reality(*store.reality)
+        contribution, after = self.path(hidden, reality, Memory(last, total, count))
+        store.memory = (after.last, after.total, after.count)
+        return contribution
+
+    def wrapped(self, output: Tensor) -> Any:
+        """As the host expects it."""
+        return output if self.extras is None else (output, *[None] * self.extras)
+
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        contribution = None
-        if self.streams:
-            store: StepStore = next(kwargs[name] for name in CACHE_NAMES if name in kwargs)
-            assert store.memory is not None
-            last, total, count = store.memory
-            reality = None if store.reality is None else Reality(*store.reality)
-            contribution, after = self.path(hidden_states, reality, Memory(last, total, count))
-            store.memory = (after.last, after.total, after.count)
-        output = self.target.skipped(hidden_states, contribution)
-        if self.extras is None:
-            return output
-        return (output, *[None] * self.extras)
+        return self.wrapped(self.target.skipped(hidden_states, self.contribution(hidden_states, kwargs)))
+
+
+class Parted(nn.Module):
+    """Stands for an attention that some rows execute and the others skip."""
+
+    def __init__(self, attention: nn.Module, state: SublayerState) -> None:
+        super().__init__()
+        self.attention, self.skipped = attention, Skipped(state)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        rows = store_of(kwargs).rows
+        assert rows is not None
+        executing, skipping = rows
+        call = SublayerCall(self.attention, (), {"hidden_states": hidden_states, **kwargs}).rows(executing)
+        result = call()
+        output = result if self.skipped.extras is None else result[0]
+        whole = hidden_states.new_zeros(hidden_states.shape).index_copy(0, executing, output)
+        if self.skipped.streams:
+            contribution = self.skipped.contribution(hidden_states.index_select(0, skipping), kwargs)
+            whole = whole.index_copy(0, skipping, contribution)
+        return self.skipped.wrapped(whole)
 
 
 def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
