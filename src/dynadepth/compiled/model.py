@@ -40,6 +40,17 @@ def compile_model(model: M) -> M:
     found = next((why for why in map(obstacle, layers) if why is not None), None)
     if found is not None:
         raise UnsupportedModelError(f"{type(base).__name__} cannot be compiled: {found}. Take it off first.")
+    base.compiled_linears = []
+    if any(linear.serves(module) for module in base.modules()):
+        reason = kernel.load()
+        if reason is None:
+            base.compiled_linears = linear.make_small(base)  # before twins are made of them
+        else:
+            warnings.warn(
+                f"Linear layers stay PyTorch's own, which read bfloat16 weights more than once: {reason}.",
+                UserWarning,
+                stacklevel=2,
+            )
     routing: Any = routing_of(base) if is_attached(base) else None
     steps = Steps(routing)
     states = {} if routing is None else {site.layer: state for site, state in routing.states.items()}
@@ -50,7 +61,6 @@ def compile_model(model: M) -> M:
         plan: Any = Plan(index, layer, steps, state, getattr(layer, name) if name else None)
         layer.compiled_plan = plan
         swap_class(layer, CompiledLayer)
-    base.compiled_linears = []
     try:
         _check(base, steps)
     except BaseException:
@@ -63,16 +73,6 @@ def compile_model(model: M) -> M:
             UserWarning,
             stacklevel=2,
         )
-    if any(linear.serves(module) for module in base.modules()):
-        reason = kernel.load()
-        if reason is None:
-            base.compiled_linears = linear.make_small(base)
-        else:
-            warnings.warn(
-                f"Linear layers stay PyTorch's own, which read bfloat16 weights more than once: {reason}.",
-                UserWarning,
-                stacklevel=2,
-            )
     return model
 
 
