@@ -42,10 +42,33 @@ def step(
     return output, held.memory
 
 
+SETTLED = frozenset(
+    [
+        "BUILTIN_MATCH",
+        "CLASS_MATCH",
+        "CLOSURE_MATCH",
+        "EMPTY_NN_MODULE_HOOKS_DICT",
+        "FUNCTION_MATCH",
+        "HASATTR",
+        "MODULE_MATCH",
+        "NOT_PRESENT_IN_GENERIC_DICT",
+    ]
+)
+"""Kinds of guards of what no caller changes: code, and attributes that twins do not have."""
+
+
 def compiled_step() -> Step:
-    """`step`, compiled. A function object of its own: PyTorch limits how many versions of one function it keeps."""
+    """`step`, compiled. A function object of its own: PyTorch limits how many versions of one function it keeps.
+
+    Every call of every layer is checked against what it was compiled for; left out is what cannot change without the
+    program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`.
+    """
     own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _matters})
+
+
+def _matters(guards: Any) -> list[bool]:
+    return [not guard.name.startswith("G[") and guard.guard_type not in SETTLED for guard in guards]
 
 
 class Steps:

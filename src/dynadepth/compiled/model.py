@@ -41,7 +41,7 @@ def compile_model(model: M) -> M:
     if found is not None:
         raise UnsupportedModelError(f"{type(base).__name__} cannot be compiled: {found}. Take it off first.")
     base.compiled_linears = []
-    if any(linear.serves(module) for module in base.modules()):
+    if any(linear.mixin_for(module) for module in base.modules()):
         reason = kernel.load()
         if reason is None:
             base.compiled_linears = linear.make_small(base)  # before twins are made of them
