@@ -43,7 +43,7 @@ def step(
 
 
 SETTLED = frozenset(
-    [
+    {
         "BUILTIN_MATCH",
         "CLASS_MATCH",
         "CLOSURE_MATCH",
@@ -52,7 +52,7 @@ SETTLED = frozenset(
         "HASATTR",
         "MODULE_MATCH",
         "NOT_PRESENT_IN_GENERIC_DICT",
-    ]
+    }
 )
 """Kinds of guards of what no caller changes: code, and attributes that twins do not have."""
 
