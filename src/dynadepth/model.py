@@ -58,10 +58,7 @@ def attach(model: M, config: DepthConfig) -> M:
     base = unwrapped(model)
     if is_attached(base):
         raise ConfigError(f"{type(base).__name__} is already routed: dynadepth.detach(model) first.")
-    if is_compiled(base):
-        raise ConfigError(
-            f"{type(base).__name__} is compiled as it is: dynadepth.uncompile(model) first, and compile it routed."
-        )
+    _check_not_compiled(base)
     spec = spec_for(base)
     layers = decoder_layers(base, spec)
     routing = _plan(base, config, spec, len(layers))
@@ -118,6 +115,15 @@ def _watch(routing: Routing, normalised: Mapping[int, bool]) -> None:
         state = GateState(routing, layer, layer in experts, normalised[layer])
         gate.depth_state = state  # type: ignore[assignment]  # a module takes any attribute
         swap_class(gate, WatchedGate)
+
+
+def _check_not_compiled(base: PreTrainedModel) -> None:
+    """Raises ConfigError for a model whose compiled forms would not see the modules that are to be added."""
+    if is_compiled(base):
+        raise ConfigError(
+            f"{type(base).__name__} is compiled as it is: dynadepth.uncompile(model) first, and compile it again with "
+            "what is added."
+        )
 
 
 def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
@@ -265,12 +271,14 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> None:
     do not fit the model, a model that PEFT adapts already, or without the package `peft`.
     """
     base, routing = unwrapped(model), routing_of(model)
+    _check_not_compiled(base)
     routing.lora = inject(base, routing, settings.config(base))
 
 
 def adopt_lora(model: nn.Module, lora: Lora) -> None:
     """Puts a copy of another routing's LoRA beside the routers of an attached model, in its dtype, trainable."""
     base, routing = unwrapped(model), routing_of(model)
+    _check_not_compiled(base)
     routing.lora = inject(base, routing, copy.deepcopy(lora.config))
     routing.lora.load_tensors(lora.tensors())
     routing.lora.to(next(iter(lora.tensors().values())).dtype)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import dynadepth
-from dynadepth import Site, fixed_routes
+from dynadepth import Site, fixed_routes, routing_of
 from dynadepth.compiled import layers as compiled_layers
 from dynadepth.errors import ConfigError, UnsupportedModelError
+from dynadepth.lora import LoraSettings
+from dynadepth.model import add_lora
 from dynadepth.routing import roomy
 from small import ALL, FAMILIES, alone, bare, ids, mixed, ragged, routed
 
@@ -155,6 +157,29 @@ def test_token_granularity_takes_the_ordinary_way(granularity: str, kv_policy: s
     assert uncompiled.runs > before
 
 
+def test_lora_beside_the_routers(uncompiled: type[Counting]) -> None:
+    model, batch = routed("llama"), ragged((3, 6))
+    add_lora(model, LoraSettings(rank=2))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in routing_of(model).lora.tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    with fixed_routes(model, EVEN):
+        expected = answer(model, batch)
+    with dynadepth.disabled(model):
+        dense = answer(model, batch)
+    assert not torch.allclose(dense[1][:, 0], expected[1][:, 0], atol=1e-2)
+    dynadepth.compile(model)
+    before = uncompiled.runs
+    with fixed_routes(model, EVEN):
+        same(answer(model, batch), expected)
+    assert uncompiled.runs > before
+    with dynadepth.disabled(model):
+        same(answer(model, batch), dense)
+    with pytest.raises(ConfigError, match="compiled as it is"):
+        add_lora(model, LoraSettings(rank=2))
+
+
 def test_recorded_outputs_are_whole(uncompiled: type[Counting]) -> None:
     model, batch = bare("llama", attn_implementation="eager"), ragged((3, 6))
     wanted = {"output_attentions": True, "output_hidden_states": True}
@@ -281,11 +306,15 @@ def test_no_route_and_no_length_compiles_anew(family: str, monkeypatch: pytest.M
         same(answer(model, batch, 4), (expected[0][:, :-8], expected[1][:, :4]))
     with fixed_routes(model, odd):
         answer(model, batch, 4)
+    for rows in ([True, True, False], [True, False, False]):  # one row is a kind of its own
+        with fixed_routes(model, dict.fromkeys(EVEN, torch.tensor(rows))):
+            answer(model, batch, 4)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs
     with fixed_routes(model, EVEN):
         same(answer(model, batch, 12), expected)
-    with fixed_routes(model, {Site(0, "attention"): False, Site(3, "attention"): False}):
-        answer(model, batch, 12)
+    for decisions in ({Site(0, "attention"): False, Site(3, "attention"): False}, mixed(3)):
+        with fixed_routes(model, decisions):
+            answer(model, batch, 12)
     answer(model, ragged((3, 7, 5), seed=3), 12)
     assert counters["stats"]["unique_graphs"] == graphs

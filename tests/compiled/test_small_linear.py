@@ -40,7 +40,8 @@ def test_the_product_is_that_of_float32(
     assert found.dtype is dtype
     assert found.shape == (rows, 1, out)
     size = expected.abs().max().item()
-    torch.testing.assert_close(found.double(), expected, atol=size * torch.finfo(dtype).eps, rtol=0)
+    loose = 8 if dtype is torch.float32 else 1  # sums of up to 1,536 products are rounded more than once
+    torch.testing.assert_close(found.double(), expected, atol=loose * size * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_a_model_uses_it_for_a_few_rows_without_gradients() -> None:

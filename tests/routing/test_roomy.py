@@ -81,10 +81,10 @@ def test_a_token_is_written_into_its_place() -> None:
     assert one.spare_bytes() == 0  # a prefill alone reserves nothing
     one.update(states(1, 2), states(1, 3))
     address, spare = one.keys.data_ptr(), one.spare_bytes()
-    assert spare == 2 * 2 * 8 * 3 * 4  # keys and values, rows, head size, places, float32
+    assert spare == 2 * 2 * 8 * 4 * 4  # keys and values, rows, head size, places, float32
     one.update(states(1, 4), states(1, 5))
     assert one.keys.data_ptr() == address
-    assert one.spare_bytes() == spare * 2 // 3
+    assert one.spare_bytes() == spare * 3 // 4
 
 
 def test_what_was_handed_out_is_never_overwritten() -> None:

@@ -151,8 +151,11 @@ class Plan:
         if name is None or not isinstance(cache, DynamicCache) or cache.offloading or self.index >= len(cache.layers):
             return None
         others = {key: value for key, value in kwargs.items() if key not in (name, "hidden_states")}
-        state, context = self.state, current()
-        if state is None or context is None or context.owner is not self.steps.routing:
+        state, context, routing = self.state, current(), self.steps.routing
+        ours = context is not None and context.owner is routing
+        if not ours and routing is not None and routing.lora is not None:
+            return None  # the forms have it, a forward of the base alone does not
+        if state is None or context is None or not ours:
             return self._executed(hidden, cache, name, others)
         if (
             context.cache is not cache

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dynadepth.lora import RoutedLora
 from dynadepth.routing.call import CACHE_NAMES, SublayerCall
 from dynadepth.routing.skip_path import Memory, Reality
 from dynadepth.routing.sublayer import PATH, ROUTER, RoutedNorm, RoutedSublayer, SublayerState, restore_class
@@ -97,8 +98,8 @@ class Parted(nn.Module):
         result = call()
         output = result if self.skipped.extras is None else result[0]
         whole = hidden_states.new_zeros(hidden_states.shape).index_copy(0, executing, output)
-        if self.skipped.streams:
-            contribution = self.skipped.contribution(hidden_states.index_select(0, skipping), kwargs)
+        contribution = self.skipped.contribution(hidden_states.index_select(0, skipping), kwargs)
+        if contribution is not None:
             whole = whole.index_copy(0, skipping, contribution)
         return self.skipped.wrapped(whole)
 
@@ -108,10 +109,11 @@ def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
     if module in replaced:
         return replaced[module]
     twin = copy.copy(module)
-    routed = next((mixin for mixin in (RoutedSublayer, RoutedNorm) if isinstance(module, mixin)), None)
+    routed = next((mixin for mixin in (RoutedSublayer, RoutedNorm, RoutedLora) if isinstance(module, mixin)), None)
     if routed is not None:
         restore_class(twin, routed)
-        vars(twin).pop("depth_state", None)
+        for name in ("depth_state", "depth_owner"):
+            vars(twin).pop(name, None)
     twin.training = False
     for hooks in HOOKS:
         vars(twin)[hooks] = OrderedDict()

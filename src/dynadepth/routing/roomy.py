@@ -10,6 +10,7 @@ Shapes: keys and values `[rows, heads, tokens, head size]`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -43,20 +44,21 @@ class Room:
             or self._lent is None
             or self.keys is not self._lent[0]
             or self.values is not self._lent[1]
-            or self._start + held + tokens > room[0].shape[2]
+            or self._start + held + tokens
+            >= room[0].shape[2]  # the last place stays free: strides are never a full one's
             or (room[0].is_inference() and not torch.is_inference_mode_enabled())
         ):
             length = held + tokens
-            length += max(CHUNK, length // 8)
+            length += max(CHUNK, length // 8) + 1
             room = self._room = tuple(_moved(tensor, length) for tensor in (self.keys, self.values))  # type: ignore[assignment]
             self._start = 0
             assert room is not None
         whole = held + tokens
         return room[0].narrow(2, self._start, whole), room[1].narrow(2, self._start, whole)
 
+    @abstractmethod
     def accept(self, keys: Tensor, values: Tensor) -> None:
         """Takes over what `extended` gave, written."""
-        raise NotImplementedError
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
