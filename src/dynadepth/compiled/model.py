@@ -25,9 +25,9 @@ M = TypeVar("M", bound=nn.Module)
 def compile_model(model: M) -> M:
     """Makes the decode of a model fast, in place, and returns it: dense or routed, through its own `generate()`.
 
-    A step of one token runs each layer in a compiled form: executed, or skipped; which of them is the route's to say,
-    so that no route compiles anything anew. New keys and values are written into room kept for them. On a CPU in
-    bfloat16 linear layers read their weight once for up to four rows. Prefill, training and whatever
+    A step of one token runs each layer in a compiled form: executed by every row, by none, or by some; which of them is
+    the route's to say, so that no route compiles anything anew. New keys and values are written into room kept for
+    them. On a CPU linear layers in bfloat16 read their weight once for up to eight rows. Prefill, training and whatever
     cannot be compiled take the ordinary way. Results are the same up to rounding.
 
     The first steps compile (some tens of seconds, kept by PyTorch for the next process). Raises ConfigError for a model

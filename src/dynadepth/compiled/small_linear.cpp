@@ -15,7 +15,9 @@
 
 namespace {
 
-constexpr int64_t TILE = 4;  // weight rows at a time: as many independent sums
+// Weight rows at a time for M rows of x: enough independent sums, and not more than there are registers.
+template <int M>
+constexpr int TILE = M > 4 ? 2 : 4;
 
 inline float widen(float v) { return v; }
 inline float widen(int8_t v) { return v; }
@@ -110,10 +112,10 @@ void rows(const W* w, const X* x, const float* scale, const T* bias, T* y, int64
     y[m * N + n] = static_cast<T>(sum);
   };
   int64_t n = begin;
-  for (; n + TILE <= end; n += TILE) {
-    float sums[TILE][M];
-    tile<TILE, M>(w + n * K, x, K, sums);
-    for (int r = 0; r < TILE; ++r)
+  for (; n + TILE<M> <= end; n += TILE<M>) {
+    float sums[TILE<M>][M];
+    tile<TILE<M>, M>(w + n * K, x, K, sums);
+    for (int r = 0; r < TILE<M>; ++r)
       for (int m = 0; m < M; ++m) put(n + r, m, sums[r][m]);
   }
   for (; n < end; ++n) {
@@ -130,13 +132,19 @@ void run(const at::Tensor& x, const at::Tensor& w, const float* scale, const T* 
   const T* in = whole.const_data_ptr<T>();
   const W* weight = w.const_data_ptr<W>();
   T* out = y.data_ptr<T>();
-  at::parallel_for(0, N, std::max<int64_t>(TILE, 65536 / K), [&](int64_t begin, int64_t end) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) rows<4>(weight, in + m * K, scale, bias, out + m * N, N, K, begin, end);
-    switch (M - m) {
-      case 3: rows<3>(weight, in + m * K, scale, bias, out + m * N, N, K, begin, end); break;
-      case 2: rows<2>(weight, in + m * K, scale, bias, out + m * N, N, K, begin, end); break;
-      case 1: rows<1>(weight, in + m * K, scale, bias, out + m * N, N, K, begin, end); break;
+  at::parallel_for(0, N, std::max<int64_t>(4, 65536 / K), [&](int64_t begin, int64_t end) {
+    for (int64_t m = 0; m < M; m += 8) {
+      auto part = [&]<int R>() { rows<R>(weight, in + m * K, scale, bias, out + m * N, N, K, begin, end); };
+      switch (std::min<int64_t>(M - m, 8)) {
+        case 1: part.template operator()<1>(); break;
+        case 2: part.template operator()<2>(); break;
+        case 3: part.template operator()<3>(); break;
+        case 4: part.template operator()<4>(); break;
+        case 5: part.template operator()<5>(); break;
+        case 6: part.template operator()<6>(); break;
+        case 7: part.template operator()<7>(); break;
+        case 8: part.template operator()<8>(); break;
+      }
     }
   });
 }
