@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynadepth.benchmark.speedup import set_speedup
+    from dynadepth.compiled import compile_model as compile
+    from dynadepth.compiled import is_compiled, uncompile
     from dynadepth.methods import (
         DepthConfig,
         DrLLMConfig,
@@ -40,18 +42,23 @@ _WHERE = {
     "Site": "routing.decision",
     "recording": "routing.recorder",
     "attach": "model",
+    "compile": "compiled",
     "detach": "model",
     "disabled": "model",
     "expert_choice": "model",
     "fixed_routes": "model",
     "is_attached": "routed",
+    "is_compiled": "compiled",
     "load": "model",
     "routing_of": "routed",
     "save": "model",
     "set_budget": "model",
     "set_control": "model",
     "set_speedup": "benchmark.speedup",
+    "uncompile": "compiled",
 }
+_CALLED = {"compile": "compile_model"}
+"""Names that are others where they are defined."""
 
 __all__ = [
     "DepthConfig",
@@ -64,11 +71,13 @@ __all__ = [
     "StagedMoDEConfig",
     "StaticConfig",
     "attach",
+    "compile",
     "detach",
     "disabled",
     "expert_choice",
     "fixed_routes",
     "is_attached",
+    "is_compiled",
     "load",
     "recording",
     "routing_of",
@@ -76,6 +85,7 @@ __all__ = [
     "set_budget",
     "set_control",
     "set_speedup",
+    "uncompile",
 ]
 
 
@@ -85,7 +95,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dynadepth' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"dynadepth.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"dynadepth.{_WHERE[name]}"), _CALLED.get(name, name))
 
 
 def __dir__() -> list[str]:

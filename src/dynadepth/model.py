@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dynadepth import adapter
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for, text_config
 from dynadepth.architectures import probe as probing
+from dynadepth.compiled import is_compiled, uncompile
 from dynadepth.errors import AdapterError, BudgetError, ConfigError, UnsupportedModelError
 from dynadepth.lora import Lora, LoraSettings, inject, read_config, remove
 from dynadepth.methods import DepthConfig, config_from_dict
@@ -57,6 +58,7 @@ def attach(model: M, config: DepthConfig) -> M:
     base = unwrapped(model)
     if is_attached(base):
         raise ConfigError(f"{type(base).__name__} is already routed: dynadepth.detach(model) first.")
+    _check_not_compiled(base)
     spec = spec_for(base)
     layers = decoder_layers(base, spec)
     routing = _plan(base, config, spec, len(layers))
@@ -113,6 +115,15 @@ def _watch(routing: Routing, normalised: Mapping[int, bool]) -> None:
         state = GateState(routing, layer, layer in experts, normalised[layer])
         gate.depth_state = state  # type: ignore[assignment]  # a module takes any attribute
         swap_class(gate, WatchedGate)
+
+
+def _check_not_compiled(base: PreTrainedModel) -> None:
+    """Raises ConfigError for a model whose compiled forms would not see the modules that are to be added."""
+    if is_compiled(base):
+        raise ConfigError(
+            f"{type(base).__name__} is compiled as it is: dynadepth.uncompile(model) first, and compile it again with "
+            "what is added."
+        )
 
 
 def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
@@ -209,8 +220,10 @@ def _entrances(base: PreTrainedModel) -> list[nn.Module]:
 
 
 def detach(model: M) -> M:
-    """Takes the routers off: the model is again what it was, trainable parameters included. Returns it."""
+    """Takes the routers off: the model is again what it was, trainable parameters included, and not compiled. Returns
+    it."""
     base = unwrapped(model)
+    uncompile(base)
     routing = routing_of(base)
     layers = decoder_layers(base, routing.spec)
     if routing.lora is not None:
@@ -258,12 +271,14 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> None:
     do not fit the model, a model that PEFT adapts already, or without the package `peft`.
     """
     base, routing = unwrapped(model), routing_of(model)
+    _check_not_compiled(base)
     routing.lora = inject(base, routing, settings.config(base))
 
 
 def adopt_lora(model: nn.Module, lora: Lora) -> None:
     """Puts a copy of another routing's LoRA beside the routers of an attached model, in its dtype, trainable."""
     base, routing = unwrapped(model), routing_of(model)
+    _check_not_compiled(base)
     routing.lora = inject(base, routing, copy.deepcopy(lora.config))
     routing.lora.load_tensors(lora.tensors())
     routing.lora.to(next(iter(lora.tensors().values())).dtype)

@@ -59,7 +59,7 @@ def test_help_lists_every_verb_and_needs_no_torch():
             "--out --data --routes --recipe --method --budget --target --granularity --kv-policy --lora --max-samples",
         ),
         ("eval", "--routers --budget --control --tasks --task-data --limit --perplexity --compare-dense --json"),
-        ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --json"),
+        ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --compile --json"),
         ("bench", "--routers --budget --batch --context --new-tokens --json"),
         ("demo", "--out --seed"),
         (
@@ -109,6 +109,14 @@ def test_eval_of_a_dense_model_has_nulls(answered, model_folder, text_file):
         assert document[key] is None
     assert document["tasks"] == {}
     assert document["provenance"]["routers"] is None
+
+
+@pytest.mark.slow
+def test_generate_compiled_answers_the_same(answered, model_folder, routers_folder):
+    words = "generate", model_folder, "--routers", routers_folder, "--prompt", "why is the sky blue"
+    plain, _ = answered(*words, "--max-new-tokens", 5)
+    compiled, _ = answered(*words, "--max-new-tokens", 5, "--compile")
+    assert compiled["outputs"] == plain["outputs"]
 
 
 def test_generate_json(answered, model_folder, routers_folder):

@@ -26,7 +26,8 @@ from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods import MindSkipConfig
 from dynadepth.model import attach, set_threshold
 from dynadepth.routed import routing_of
-from dynadepth.tuning import Recipe, examples_for, sampling, self_data
+from dynadepth.routing import roomy
+from dynadepth.tuning import Recipe, examples_for, self_data
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.formats import encode_chat
 from dynadepth.tuning.sampling import _draw, sample
@@ -126,7 +127,7 @@ def absolute_positions() -> GPT2LMHeadModel:
 def test_rows_that_leave_the_batch_take_nothing_with_them(
     model: LlamaForCausalLM, absolute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "ROOM", 3)  # the cache grows on the way
+    monkeypatch.setattr(roomy, "CHUNK", 3)  # the cache grows on the way
     chosen = absolute_positions() if absolute else model
     prompts = [[6 + (5 * i + k) % 58 for k in range(1 + 7 * i % 12)] for i in range(12)]
     draws = torch.rand(12, 10, generator=torch.Generator().manual_seed(0))

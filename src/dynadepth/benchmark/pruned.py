@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, spec_for
+from dynadepth.compiled import uncompile
 from dynadepth.cost import PARTS
 from dynadepth.errors import ConfigError
 from dynadepth.model import detach
@@ -50,7 +51,7 @@ def _shared(module: M) -> M:
 
 def bare_twin(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model as transformers built it, in eval mode, on the weights of `model` (attached or not)."""
-    twin = shared_copy(unwrapped(model))
+    twin = uncompile(shared_copy(unwrapped(model)))
     return (detach(twin) if is_attached(twin) else twin).eval()
 
 

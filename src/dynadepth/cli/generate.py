@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from dynadepth.cli import options
-from dynadepth.cli.session import open_model, out, percent, progress, reporting, write_json
+from dynadepth.cli.session import compile_decode, open_model, out, percent, progress, reporting, write_json
 from dynadepth.errors import ConfigError
 
 
@@ -31,6 +31,7 @@ def generate(
     show_route: Annotated[
         bool, typer.Option("--show-route", help="Show which layers ran for each prompt, and the keep ratio.")
     ] = False,
+    compiled: options.Compile = False,
     dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
@@ -45,6 +46,8 @@ def generate(
 
         texts = list(prompt or []) or read_prompts(Path(str(prompts)))
         loaded, tokenizer = open_model(model, routers, share, dtype, control)
+        if compiled:
+            compile_decode(loaded)
         from dynadepth.architectures import decoder_layers
         from dynadepth.report.stamp import stamp
 

@@ -41,6 +41,14 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="NAME", help="auto (the checkpoint's), float32, bfloat16 or float16.")
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the decode (`dynadepth.compile`): the first tokens take a minute or so more, the others half "
+        "the time.",
+    ),
+]
 
 
 SPEED = re.compile(r"(?P<times>[^@]*)[x×](@(?P<context>[1-9]\d*)\+(?P<new_tokens>[1-9]\d*))?", re.ASCII | re.IGNORECASE)

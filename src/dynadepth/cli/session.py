@@ -137,6 +137,18 @@ def open_model(
     return model, tokenizer
 
 
+def compile_decode(model: PreTrainedModel) -> None:
+    """Compiles the model's decode in place; what stays uncompiled is said in a line."""
+    from dynadepth.compiled import compile_model
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compile_model(model)
+    for warning in said:
+        if issubclass(warning.category, UserWarning):
+            say(str(warning.message), "yellow", "note: ")
+
+
 def write_json(path: Path | None, document: dict[str, Any]) -> None:
     """Writes a whole file or none. Numbers that JSON does not have (infinity, not-a-number) become null."""
     if path is None:

@@ -3,7 +3,8 @@
 It differs from its base in five things. The true token count (`seen`) answers for lengths and mask sizes, since a
 skipped layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the
 keys and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions
-(`SparseLayer`). What a repeated layer stores in its second pass lies in a layer of its own, behind those of the model.
+(`SparseLayer`); the other layers keep room for the tokens to come (`roomy`). What a repeated layer stores in its second
+pass lies in a layer of its own, behind those of the model.
 
 An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags. Only a forward of the
 routed model that it was adopted by can fill it.
@@ -17,11 +18,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.context import current
 from dynadepth.routing.memories import Memories
+from dynadepth.routing.roomy import Room, make_plain, make_roomy
 from dynadepth.routing.routes import RouteBook
 from dynadepth.routing.sparse_layer import SparseLayer
 
@@ -70,6 +72,7 @@ class RoutedCache(DynamicCache):
         assert isinstance(cache, RoutedCache)
         cache.seen, cache.book, cache.stored_rows, cache.layout, cache.slots = 0, RouteBook(), {}, layout, {}
         cache.memories = Memories(any(getattr(layer, "record_past", False) for layer in cache.layers))
+        make_roomy(cache)
         for index in sparse_layers:
             if index < len(cache.layers):  # an early exit makes caches of fewer layers
                 cache.layers[index] = SparseLayer(cache.layers[index])
@@ -82,7 +85,8 @@ class RoutedCache(DynamicCache):
         del self.layers[len(self.layers) - len(self.slots) :]
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SparseLayer):
-                self.layers[index] = layer.like
+                layer = self.layers[index] = layer.like
+            make_plain(layer)
         for name in ("seen", "book", "stored_rows", "layout", "slots", "memories"):
             delattr(self, name)
         self.__class__ = DynamicCache  # type: ignore[assignment]  # the same layout
@@ -125,8 +129,6 @@ class RoutedCache(DynamicCache):
         elif self.seen and not layer.is_initialized:
             self._fill_past(layer, key_states, value_states)
         if not self.offloading:
-            if type(layer) is DynamicLayer and not layer.is_initialized:
-                return _first_states(layer, key_states, value_states)
             return layer.update(key_states, value_states, *args, **kwargs)
         if layer.is_initialized:
             # the base class fetches the next layer ahead, which a skipped layer before this one did not
@@ -247,7 +249,10 @@ class RoutedCache(DynamicCache):
         return self.book.routes
 
     def reserved_bytes(self) -> int:
-        """Bytes of the key and value tensors that are allocated."""
+        """Bytes of the key and value tensors that are allocated, room for later tokens included."""
+        return self._held_bytes() + sum(layer.spare_bytes() for layer in self.layers if isinstance(layer, Room))
+
+    def _held_bytes(self) -> int:
         return sum(
             tensor.numel() * tensor.element_size()
             for layer in self.layers
@@ -258,7 +263,7 @@ class RoutedCache(DynamicCache):
     def kv_bytes(self) -> int:
         """Bytes of keys and values of executed rows and tokens (design: Σ over executed sites and rows of dense
         bytes)."""
-        total = self.reserved_bytes()
+        total = self._held_bytes()
         for layer in self.layers:
             if isinstance(layer, SparseLayer) and layer.positions is not None and layer.positions.numel():
                 bytes_ = (
@@ -266,19 +271,6 @@ class RoutedCache(DynamicCache):
                 )
                 total -= bytes_ - bytes_ * layer.stored(self.seen) // layer.positions.numel()
         return total
-
-
-def _first_states(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """An empty layer takes its first states as they are, where the base class would join them to an empty tensor: a
-    copy of every key and value of a prefill. Only views of something larger are copied, since they would keep it."""
-    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-    layer.keys, layer.values = _own(keys), _own(values)
-    return layer.keys, layer.values
-
-
-def _own(states: Tensor) -> Tensor:
-    whole = states.untyped_storage().nbytes() == states.nbytes
-    return states if whole else states.clone(memory_format=torch.contiguous_format)
 
 
 def _forgot(layer: Any, count: int) -> bool:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from dynadepth.model import disabled
+from dynadepth.routing.roomy import make_roomy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 STAY = 0.75
 """Texts that ended leave the batch when this share of it goes on or less: taking rows out copies the cache."""
-ROOM = 64
-"""Tokens that a cache grows by."""
 
 
 def sample(
@@ -42,7 +41,7 @@ def sample(
     rows = list(range(len(prompts)))  # those still in the batch
     going = set(rows)  # those whose text has not ended
     cache: Any = DynamicCache(config=model.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    make_roomy(cache)
     for step in range(draws.shape[1]):
         with _dense(model), torch.no_grad():
             outputs = model(
@@ -71,45 +70,6 @@ def sample(
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         positions = positions[:, -1:] + 1
     return texts
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for more, so that a token is written in place instead of copying all before it."""
-
-    keys: Any
-    values: Any
-    room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if not self._has_room(stop):
-            self.room = (
-                self._grown(self.keys, key_states, start, stop),
-                self._grown(self.values, value_states, start, stop),
-            )
-        assert self.room is not None
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, start:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self.room)
-        return self.keys, self.values
-
-    def _has_room(self, tokens: int) -> bool:
-        """Is there room, and is it still what `keys` shows? (Rows that leave the batch make new tensors.)"""
-        return (
-            self.room is not None
-            and self.room[0].data_ptr() == self.keys.data_ptr()
-            and tokens <= self.room[0].shape[2]
-        )
-
-    @staticmethod
-    def _grown(old: Tensor, like: Tensor, start: int, stop: int) -> Tensor:
-        grown = like.new_empty(*like.shape[:2], stop + ROOM, like.shape[3])
-        if start:
-            grown[:, :, :start] = old
-        return grown
 
 
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> list[int]:

@@ -1,0 +1,73 @@
+"""Builds and loads `small_linear.cpp`, the product of a few rows with a weight that is read once, on CPUs.
+
+Built by the machine's C++ compiler at the first use, for this processor, and kept where PyTorch keeps its extensions
+(`TORCH_EXTENSIONS_DIR`, by default `~/.cache/torch_extensions`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("small_linear.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
+MOST_ROWS = 8
+"""Rows up to which a weight is read once; more pay for a library's matrix product."""
+
+
+@cache
+def load() -> str | None:
+    """Registers `torch.ops.dynadepth.small_linear`. Returns None, or in a few words why it cannot be had here."""
+    if hasattr(torch.ops.dynadepth, "small_linear"):
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "no C++ compiler was found (g++, clang++ or the variable CXX)"
+    try:
+        torch.ops.load_library(_built(compiler))
+    except (ImportError, OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        return f"{compiler} could not build it: {said.strip().splitlines()[0] if said.strip() else error!r}"
+    torch.library.register_fake("dynadepth::small_linear")(_shape)
+    return None
+
+
+def _shape(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _built(compiler: str) -> str:
+    """The library's path; built unless the same source was built by the same compiler for the same machine."""
+    from torch.utils import cpp_extension  # imports setuptools
+
+    include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    links = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    told = (SOURCE.read_text(), torch.__version__, version, *FLAGS, platform.platform(), _processor())
+    key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "dynadepth"
+    target = folder / f"small_linear-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at once
+            output = Path(scratch) / target.name
+            command = [compiler, *FLAGS, *include, str(SOURCE), "-o", str(output), *links]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            output.replace(target)
+    return str(target)
+
+
+def _processor() -> str:
+    """What this processor can do: a folder of builds may be shared between machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -1,0 +1,252 @@
+"""Decoder layers whose step of one token is compiled, in forms that all layers alike share: executed by every row,
+skipped by every row, executed by some.
+
+`CompiledLayer` is mixed into a layer's class. Where a call is one token on a filled cache, without gradients, and the
+layer's route is known, the compiled form runs; everything else (prefill, training, recorded attentions, other caches)
+takes the ordinary way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.utils.output_capturing import _active_collector
+
+from dynadepth.compiled.twins import Parted, Skipped, StepStore, twin_of
+from dynadepth.routing.call import CACHE_NAMES
+from dynadepth.routing.context import ForwardContext, current
+from dynadepth.routing.roomy import ROOMY, Room
+from dynadepth.routing.skip_path import Memory
+from dynadepth.routing.sublayer import SublayerState
+
+Step = Callable[..., tuple[Any, tuple[Tensor, ...] | None]]
+
+
+def step(
+    twin: nn.Module,
+    hidden: Tensor,
+    store: tuple[Any, ...],
+    cache_name: str,
+    others: dict[str, Any],
+) -> tuple[Any, tuple[Tensor, ...] | None]:
+    """One token of one layer: what the layer returns, and what its skip path remembers. `store`: the parts of a
+    `StepStore`, whose keys and values get the token's."""
+    held = StepStore(*store)
+    output = twin(hidden, **{cache_name: held}, **others)
+    return output, held.memory
+
+
+SETTLED = frozenset(
+    {
+        "BUILTIN_MATCH",
+        "CLASS_MATCH",
+        "CLOSURE_MATCH",
+        "EMPTY_NN_MODULE_HOOKS_DICT",
+        "FUNCTION_MATCH",
+        "HASATTR",
+        "MODULE_MATCH",
+        "NOT_PRESENT_IN_GENERIC_DICT",
+    }
+)
+"""Kinds of guards of what no caller changes: code, and attributes that twins do not have."""
+
+
+def compiled_step() -> Step:
+    """`step`, compiled. A function object of its own: PyTorch limits how many versions of one function it keeps.
+
+    Every call of every layer is checked against what it was compiled for; left out is what cannot change without the
+    program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`.
+    """
+    own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _matters})
+
+
+def _matters(guards: Any) -> list[bool]:
+    return [not guard.name.startswith("G[") and guard.guard_type not in SETTLED for guard in guards]
+
+
+class Steps:
+    """What the layers of one compiled model share. `failed`: compiling did not work here, so it is not tried again."""
+
+    def __init__(self, routing: Any, make: Callable[[], Step] = compiled_step) -> None:
+        self.routing, self.failed = routing, False
+        self.reset(make)
+
+    def reset(self, make: Callable[[], Step]) -> None:
+        """Forgets every version; new ones come from `make`."""
+        self.make = make
+        self._forms: dict[tuple[Any, ...], Step] = {}
+
+    def run(self, form: str, twin: nn.Module, hidden: Tensor, store: tuple[Any, ...], *given: Any) -> Any:
+        """`step` in the form's compiled version; None where compiling fails, which is said once.
+
+        One version serves every length, every number of rows above one, and all layers alike.
+        """
+        others, counted = given[-1], () if store[4] is None else tuple(len(rows) == 1 for rows in store[4])
+        key = (form, len(hidden) == 1, others.get("attention_mask") is None, counted)
+        run = self._forms.get(key)
+        if run is None:
+            run = self._forms[key] = self.make()
+        for tensor, dim in ((store[0], 2), (store[1], 2), (others.get("attention_mask"), 3)):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        if store[4] is not None:
+            for tensor in (store[0], store[1], *store[4], *(store[2] or ()), *(store[3] or ())):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return run(twin, hidden, store, *given)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            self.failed = True
+            said = [line for line in str(error).strip().splitlines() if line]
+            why = said[1] if len(said) > 1 and said[0].startswith("backend=") else "".join(said[:1])
+            warnings.warn(
+                f"torch.compile failed here ({type(error).__name__}: {why}): this model goes on uncompiled, with the "
+                "same results; dynadepth.uncompile(model) silences this.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return None
+
+
+class Plan:
+    """What a compiled layer knows: its place, a twin for each form, and where its route is found."""
+
+    def __init__(self, index: int, layer: nn.Module, steps: Steps, state: SublayerState | None, norm: Any) -> None:
+        self.index, self.steps, self.state = index, steps, state
+        self.executed = twin_of(layer, {})
+        self.skipped: nn.Module | None = None
+        self.parted: nn.Module | None = None
+        if state is None or state.target.name == "block" or not state.granularity.sticky:
+            return  # a skipped block is nothing to compile
+        routed = next(m for m in layer.modules() if getattr(m, "depth_state", None) is state and m is not norm)
+        streams = state.skip_path.streams
+        if not streams or state.target.keeps_kv:  # an MLP is given no cache to remember in
+            replaced: dict[nn.Module, nn.Module] = {routed: Skipped(state)}
+            if state.post_norm and norm is not None:
+                replaced[norm] = nn.Identity()
+            self.skipped = twin_of(layer, replaced)
+        if state.target.keeps_kv and not state.post_norm:
+            self.parted = twin_of(layer, {routed: Parted(twin_of(routed, {}), state)})
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """The layer's output in a tuple, or None where the ordinary way has to be taken."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if (
+            len(args) > 1
+            or self.steps.failed
+            or not isinstance(hidden, Tensor)
+            or hidden.shape[1] != 1
+            or torch.is_grad_enabled()
+            or _active_collector.get()  # outputs of the modules inside are recorded
+        ):
+            return None
+        name = next((name for name in CACHE_NAMES if name in kwargs), None)
+        cache = None if name is None else kwargs[name]
+        if name is None or not isinstance(cache, DynamicCache) or cache.offloading or self.index >= len(cache.layers):
+            return None
+        others = {key: value for key, value in kwargs.items() if key not in (name, "hidden_states")}
+        state, context, routing = self.state, current(), self.steps.routing
+        ours = context is not None and context.owner is routing
+        if not ours and routing is not None and routing.lora is not None:
+            return None  # the forms have it, a forward of the base alone does not
+        if state is None or context is None or not ours:
+            return self._executed(hidden, cache, name, others)
+        if (
+            context.cache is not cache
+            or not state.granularity.sticky
+            or context.trace.prefill
+            or context.masked
+            or context.output_attentions
+        ):
+            return None
+        rows = context.book.rows(state.site, hidden.device)
+        context.trace.routes[state.site] = context.book.routes[state.site]
+        if rows is True:
+            return self._executed(hidden, cache, name, others)
+        return self._routed(state, context, None if rows is False else rows, hidden, name, others)
+
+    def _executed(self, hidden: Tensor, cache: Any, name: str, others: dict[str, Any]) -> tuple[Any] | None:
+        layer = self._room(cache, len(hidden), hidden)
+        if layer is None:
+            return None
+        keys, values = layer.extended(1)
+        result = self.steps.run("executed", self.executed, hidden, (keys, values, None, None, None), name, others)
+        if result is None:
+            return None
+        layer.accept(keys, values)
+        return (result[0],)
+
+    def _routed(
+        self,
+        state: SublayerState,
+        context: ForwardContext,
+        executing: Any,
+        hidden: Tensor,
+        name: str,
+        others: dict[str, Any],
+    ) -> tuple[Any] | None:
+        """All rows skip, or all but the rows `executing` (int64 index)."""
+        twin = self.skipped if executing is None else self.parted
+        if twin is None:
+            return None
+        layer = keys = values = memory = reality = rows = None
+        if executing is not None or not state.target.keeps_kv:
+            layer = self._room(context.cache, len(hidden) if executing is None else len(executing), hidden)
+            if layer is None:
+                return None
+        numbers: Any = range(len(hidden))
+        index = None
+        if executing is not None:
+            numbers, index = context.book.skipping(state.site, hidden.device)
+            rows = (executing, index)
+        if state.skip_path.streams:
+            held = context.memory(state, numbers, hidden)
+            if held is None or held.past is not None:  # it records what it may have to take back
+                return None
+            memory = (held.last, held.total, held.count)
+            found = context.reality_of(index)
+            reality = None if found is None else (found.real, found.previous, found.count)
+        if layer is not None:
+            keys, values = layer.extended(1)
+        form = "skipped" if executing is None else "parted"
+        result = self.steps.run(form, twin, hidden, (keys, values, memory, reality, rows), name, others)
+        if result is None:
+            return None
+        if layer is not None:
+            layer.accept(keys, values)
+        if result[1] is not None:
+            context.remember(state.site, numbers, Memory(*result[1]))
+        return (result[0],)
+
+    def _room(self, cache: Any, rows: int, hidden: Tensor) -> Any:
+        """The layer of the cache, with room for a token of so many rows; None for one that has none to give."""
+        layer = cache.layers[self.index]
+        kind = ROOMY.get(type(layer))
+        if kind is not None:
+            layer.__class__ = kind
+        if (
+            not isinstance(layer, Room)
+            or not layer.is_initialized
+            or len(layer.keys) != rows
+            or layer.keys.device != hidden.device
+            or getattr(layer, "record_past", False)
+            or not layer.roomy(layer.keys)
+        ):
+            return None
+        return layer
+
+
+class CompiledLayer:
+    """Mixin put before a decoder layer's class. `compiled_plan` is a plain attribute."""
+
+    compiled_plan: Plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = None if self.training else self.compiled_plan.run(args, kwargs)  # type: ignore[attr-defined]
+        return super().forward(*args, **kwargs) if output is None else output[0]  # type: ignore[misc]

@@ -1,0 +1,65 @@
+"""Products of a few rows: the kernel against float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dynadepth.compiled import kernel, linear
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    reason = kernel.load()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize(("out", "width"), [(8, 64), (13, 37), (130, 576), (3, 1536), (1, 5)])
+def test_the_product_is_that_of_float32(
+    dtype: torch.dtype, weight_dtype: torch.dtype, rows: int, out: int, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 1, width, generator=generator).to(dtype)
+    weight = torch.randn(out, width, generator=generator)
+    scale = None
+    if weight_dtype is torch.int8:
+        scale = torch.rand(out, generator=generator) / 32
+        weight = torch.randint(-128, 128, (out, width), generator=generator).to(torch.int8)
+    weight = weight.to(weight_dtype)
+    bias = torch.randn(out, generator=generator).to(dtype)
+    expected = x.double() @ weight.double().T
+    expected = (expected if scale is None else expected * scale.double()) + bias.double()
+    found = torch.ops.dynadepth.small_linear(x, weight, scale, bias)
+    assert found.dtype is dtype
+    assert found.shape == (rows, 1, out)
+    size = expected.abs().max().item()
+    loose = 8 if dtype is torch.float32 else 1  # sums of up to 1,536 products are rounded more than once
+    torch.testing.assert_close(found.double(), expected, atol=loose * size * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_a_model_uses_it_for_a_few_rows_without_gradients() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8, bias=False)).bfloat16()
+    few, many = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 9, 64).bfloat16()
+    with torch.no_grad():
+        expected = model(few), model(many)
+    made = linear.make_small(model)
+    assert len(made) == 2
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        found = model(few), model(many)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert sum(e.count for e in profile.key_averages() if e.key == "dynadepth::small_linear") == 2
+    assert model(few).requires_grad
+    linear.make_plain(made)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_other_dtypes_stay_as_they_are() -> None:
+    assert linear.make_small(nn.Linear(8, 8)) == []
