@@ -139,6 +139,9 @@ def test_budgets_and_controls_are_saved_and_the_latest_counts(tmp_path):
     assert (routing_of(again).control, routing_of(again).budget) == (-0.25, None)
     assert passes(again).sequences == passes(model).sequences
     assert {count for route in passes(again).sequences for count in route.values()} == {0.0, 1.0, 2.0}
+    set_control(model, -1)
+    save(model, tmp_path)
+    assert passes(load(bare(), tmp_path)).depth() == passes(model).depth() > LAYERS
 
 
 def test_routers_stay_float32_and_their_cost_is_counted():
