@@ -112,6 +112,18 @@ def test_rows_of_different_routes(family: str, skip_path: str, target: str, unco
     assert cache.routes == {site: rows.tolist() for site, rows in decisions.items()}
 
 
+def test_repeated_layers_take_the_ordinary_way(uncompiled: type[Counting]) -> None:
+    model, batch = routed("llama", target="block"), ragged((3, 7, 5))
+    decisions = {Site(1, "block"): torch.tensor([2, 1, 2]), Site(2, "block"): torch.tensor([0, 1, 1])}
+    with fixed_routes(model, decisions):
+        expected = answer(model, batch)
+    dynadepth.compile(model)
+    before = uncompiled.runs
+    with fixed_routes(model, decisions):
+        same(answer(model, batch), expected)
+    assert uncompiled.runs - before == 7 * 2
+
+
 @PATH
 def test_steps_equal_the_masked_reference(skip_path: str, uncompiled: type[Counting]) -> None:
     model, text = routed("llama", skip_path=skip_path, skip_rank=4), ids(2, 10)

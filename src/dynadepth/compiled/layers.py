@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import _active_collector
 from dynadepth.compiled.twins import Parted, Skipped, StepStore, twin_of
 from dynadepth.routing.call import CACHE_NAMES
 from dynadepth.routing.context import ForwardContext, current
+from dynadepth.routing.experts import WatchedGate
 from dynadepth.routing.roomy import ROOMY, Room
 from dynadepth.routing.skip_path import Memory
 from dynadepth.routing.sublayer import SublayerState
@@ -119,6 +120,7 @@ class Plan:
 
     def __init__(self, index: int, layer: nn.Module, steps: Steps, state: SublayerState | None, norm: Any) -> None:
         self.index, self.steps, self.state = index, steps, state
+        self.watched = any(isinstance(module, WatchedGate) for module in layer.modules())
         self.executed = twin_of(layer, {})
         self.skipped: nn.Module | None = None
         self.parted: nn.Module | None = None
@@ -155,12 +157,15 @@ class Plan:
         ours = context is not None and context.owner is routing
         if not ours and routing is not None and routing.lora is not None:
             return None  # the forms have it, a forward of the base alone does not
+        if ours and self.watched:
+            return None  # routing follows, or changes, what the gate of a mixture chooses
         if state is None or context is None or not ours:
             return self._executed(hidden, cache, name, others)
         if (
             context.cache is not cache
             or not state.granularity.sticky
             or context.trace.prefill
+            or (context.book.repeating and context.book.rows(state.site, hidden.device, times=2) is not False)
             or context.masked
             or context.output_attentions
         ):
@@ -210,6 +215,8 @@ class Plan:
             if held is None or held.past is not None:  # it records what it may have to take back
                 return None
             memory = (held.last, held.total, held.count)
+            if not context.unpadded and context.token_mask is not None and hidden.device.type == "cpu":
+                context.unpadded = bool(context.token_mask.all())  # on a CPU asking costs less than masking does
             found = context.reality_of(index)
             reality = None if found is None else (found.real, found.previous, found.count)
         if layer is not None:

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from dynadepth.lora import RoutedLora
 from dynadepth.routing.call import CACHE_NAMES, SublayerCall
+from dynadepth.routing.experts import WatchedGate
 from dynadepth.routing.skip_path import Memory, Reality
 from dynadepth.routing.sublayer import PATH, ROUTER, RoutedNorm, RoutedSublayer, SublayerState, restore_class
 
+MIXINS = (RoutedSublayer, RoutedNorm, RoutedLora, WatchedGate)
+"""What routing puts before classes of modules inside a layer."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -109,7 +112,7 @@ def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
     if module in replaced:
         return replaced[module]
     twin = copy.copy(module)
-    routed = next((mixin for mixin in (RoutedSublayer, RoutedNorm, RoutedLora) if isinstance(module, mixin)), None)
+    routed = next((mixin for mixin in MIXINS if isinstance(module, mixin)), None)
     if routed is not None:
         restore_class(twin, routed)
         for name in ("depth_state", "depth_owner"):
