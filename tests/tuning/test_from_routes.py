@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from dynadepth import DrLLMConfig, adapter, attach, fixed_routes, load, recording, routing_of
+from dynadepth import DrLLMConfig, adapter, attach, fixed_routes, load, recording, routing_of, set_budget
 from dynadepth.architectures import decoder_layers
-from dynadepth.errors import ConfigError, DataError, TuningError
+from dynadepth.errors import BudgetError, ConfigError, DataError, TuningError
 from dynadepth.route_file import Answer, Header, PromptRoutes, Route, RouteWriter
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.recipe import Recipe, load_recipe
@@ -83,7 +83,8 @@ def test_the_best_epoch_is_kept_and_the_backbone_is_untouched(run):
     assert record.sequences[:2] == record.sequences[2:]
     assert [tuple(route[row] for route in routes.values()) for row in (0, 1)] == [KINDS[5], KINDS[6]]
     assert routing_of(loaded).provenance["result"]["scores"]["macro_f1"] == result.scores.macro_f1
-    assert routing_of(loaded).calibration is not None
+    with pytest.raises(BudgetError, match="no calibration"):
+        set_budget(loaded, block=0.75)
 
 
 def test_routers_of_the_best_epoch_are_those_of_a_run_that_ends_there(run, tmp_path):
@@ -165,15 +166,6 @@ def test_a_file_of_another_model_or_depth_or_with_too_little_in_it(tmp_path):
         with pytest.raises(error, match=message):
             tune_from_routes(model, Tokenizer(), path, RECIPE, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_too_few_prompts_for_budgets_are_said(tmp_path):
-    path = write(tmp_path / "few.jsonl", tiny(), [prompt(n) for n in range(6)])
-    one_layer = {**RECIPE.method, "layers": (1,)}
-    recipe = dataclasses.replace(RECIPE, method=one_layer, validation=0.1, holdout=0.1, epochs=1)
-    with pytest.warns(UserWarning, match="No budget can be set with these routers, a control can: 2 prompts"):
-        tune_from_routes(tiny(), Tokenizer(), path, recipe, out=tmp_path / "out")
-    assert routing_of(load(tiny(), tmp_path / "out")).calibration is None
 
 
 def test_recipes_of_routes():

@@ -3,13 +3,15 @@
 A plain loop and no `Trainer`: under teacher forcing the routers' inputs never change (`route_data`), so the model runs
 once over each example and not once an epoch, and what is left is classification by small networks.
 
+No budget is calibrated: routers trained apart, on states that differ a hundredfold in length, have no logits in common
+that one threshold could cut. `set_control` shifts each one's own choice.
+
 Shape suffixes: N examples, L routed layers.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.architectures.probe import quietly
-from dynadepth.budget import calibrate, check_prompts, forward, prompts_to_batches
-from dynadepth.errors import BudgetError, ConfigError, TuningError
+from dynadepth.budget import forward, prompts_to_batches
+from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods.drllm import ACTIONS, class_weights, focal_loss
 from dynadepth.model import attach, detach, save
 from dynadepth.route_file import read
@@ -33,11 +35,6 @@ from dynadepth.tuning.route_data import RouteExample, Split, labels, shown, spli
 from dynadepth.tuning.route_recipe import RouteRecipe
 from dynadepth.tuning.route_scores import ActionScores, action_scores, always_execute, commonest
 from dynadepth.tuning.trainer import Progress
-
-BUDGETS = (0.75, 0.875, 0.92, 0.96)
-"""Shares of the routed layers for which thresholds are measured: these routers skip little."""
-CALIBRATED_ON = 32
-"""Prompts at most: every share takes two forwards of each."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def tune_from_routes(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RouteTuneResult:
-    """Attaches fresh routers to `model`, tunes them on the routes of a file, calibrates budgets, saves them in `out`.
+    """Attaches fresh routers to `model`, tunes them on the routes of a file and saves them in `out`.
 
     The routers kept are those of the epoch with the best macro-F1 on validation prompts; an interrupted run saves the
     best so far. Raises DataError for a file that does not fit the model, TuningError where too few prompts have routes
@@ -148,7 +145,6 @@ def _tune(
         raise
     loop.take_best()
     held = labels(model, parts.heldout)
-    _calibrate(model, [*parts.validation, *parts.heldout], pad)
     return RouteTuneResult(
         directory=str(out),
         seconds=time.monotonic() - started,
@@ -232,17 +228,6 @@ class _Loop:
 
     def take_best(self) -> None:
         routing_of(self.model).load_tensors(self.best)
-
-
-def _calibrate(model: nn.Module, examples: Sequence[RouteExample], pad: int) -> None:
-    """Thresholds for budgets. They change nothing about the routers' own choice, which the scores are of."""
-    batches = prompts_to_batches([example.input_ids for example in examples[:CALIBRATED_ON]], pad)
-    try:
-        check_prompts(model, batches, len(BUDGETS))
-    except BudgetError as error:
-        warnings.warn(f"No budget can be set with these routers, a control can: {error}", UserWarning, stacklevel=2)
-        return
-    calibrate(model, batches, BUDGETS)
 
 
 @torch.no_grad()
