@@ -36,6 +36,12 @@ def test_search(answered, model_folder, data, tmp_path):
     assert (document["new_prompts"], document["prompts_per_minute"]) == (0, None)
 
 
+def test_nothing_kept_is_said(run, model_folder, data, tmp_path):
+    result = run("search", model_folder, "--data", data, "--out", tmp_path / "routes.jsonl", "--margin", 1e6)
+    assert result.exit_code == 0
+    assert "no route was kept for any prompt" in result.stderr
+
+
 def test_bad_input(refused, model_folder, data, tmp_path):
     out = tmp_path / "routes.jsonl.gz"
 

@@ -9,7 +9,8 @@ import transformers
 from dynadepth import MindSkipConfig, attach
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import ConfigError, UnsupportedModelError
-from dynadepth.search.layers import LayerRunner, Row, path_of
+from dynadepth.search.layers import LayerRunner, path_of
+from dynadepth.search.rows import Row
 from parity.models import MODELS, tiny
 
 PROMPTS = [[5, 9, 11, 2, 7, 31, 8], [3, 3, 40, 12, 1, 6, 9, 50, 4]]

@@ -125,6 +125,8 @@ def search(
             "provenance": provenance,
         }
         show(results)
+        if not results["all"]["routes"]:
+            say("no route was kept for any prompt: ask for less --margin or more --budget.", "yellow", "warning: ")
         say(f"wrote {out_file}")
         write_json(json_file, results)
 

@@ -4,9 +4,8 @@ What a layer gives depends on the prompt and on the layers run so far, so these 
 under a memory limit (the least recently used go first): a route is run from where it leaves the routes before it.
 All routes asked for together advance through the layers together, so each layer is called once or twice for all.
 
-A prompt's continuations (the options of a question) share its row: their tokens follow the prompt's, with the
-positions they would have directly behind it, and see the prompt and themselves alone. The layers are the model's own.
-Masks and position embeddings are those that the model gives them in a plain forward, looked up by position.
+The layers are the model's own. What they are given beside hidden states is what the model gives them in a plain
+forward, looked up by position (`rows.py`).
 
 Shape suffixes: P prompts, N rows (a prompt under a route), T tokens of a row, Q positions, D features.
 """
@@ -16,7 +15,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from dynadepth.architectures import decoder_layers, decoder_of
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation.scoring import Scorer, States
 from dynadepth.routed import is_attached
+from dynadepth.search.rows import Row, by_position, rows_of
 from dynadepth.search.tree import Counts
 
 MEMORY = 1 << 30
@@ -45,26 +44,6 @@ _Node = tuple[int, Path]
 def path_of(counts: Counts) -> Path:
     """`(1, 0, 2)` as the layers `(0, 2, 2)`."""
     return tuple(layer for layer, count in enumerate(counts) for _ in range(count))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prompt and its continuations, as one row of tokens."""
-
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    branches: tuple[int, ...]
-    """0 for the prompt's tokens, else the number of the continuation, from 1."""
-
-    @classmethod
-    def of(cls, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Row:
-        """Each continuation is read directly behind the prompt; one may be empty."""
-        ids, positions, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for number, tokens in enumerate(continuations, start=1):
-            ids += tokens
-            positions += range(len(prompt), len(prompt) + len(tokens))
-            branches += [number] * len(tokens)
-        return cls(tuple(ids), tuple(positions), tuple(branches))
 
 
 class LayerRunner:
@@ -116,7 +95,7 @@ class LayerRunner:
 
         def looked_up(value: Any) -> Any:
             if id(value) not in made:
-                made[id(value)] = _by_position(value, length, positions_PT, allowed_PTT)
+                made[id(value)] = by_position(value, length, positions_PT, allowed_PTT)
             return made[id(value)]
 
         self._args = [tuple(map(looked_up, args)) for args, _ in calls]
@@ -191,7 +170,7 @@ class LayerRunner:
             uses[parent] -= 1
             if not uses[parent]:
                 del live[parent]
-        args, kwargs = (_rows_of(values, prompts_N) for values in (self._args[layer], self._kwargs[layer]))
+        args, kwargs = (rows_of(values, prompts_N) for values in (self._args[layer], self._kwargs[layer]))
         output = self.layers[layer](hidden_NTD, *args, **kwargs)
         for node, state_TD in zip(nodes, output[0] if isinstance(output, tuple) else output, strict=True):
             self.executions[node[0]] += 1
@@ -268,32 +247,3 @@ class LayerRunner:
 
     def _note_tuple(self, _: nn.Module, __: Any, output: Any) -> None:
         self._tuples = isinstance(output, tuple)
-
-
-def _by_position(value: Any, length: int, positions_PT: Tensor, allowed_PTT: Tensor) -> Any:
-    """An argument of a plain forward `[1 or 2, length, ..]` for tokens at these positions, `[P, T, ..]`; masks
-    `[2, .., length, length]` as `[P, .., T, T]`. What is no tensor stays."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_by_position(item, length, positions_PT, allowed_PTT) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if value.ndim == 4 and value.shape[2:] == (length, length):
-        mask_PTT = value[0, 0][positions_PT[:, :, None], positions_PT[:, None]]
-        fill = False if value.dtype == torch.bool else torch.finfo(value.dtype).min
-        return mask_PTT.masked_fill(~allowed_PTT, fill)[:, None]
-    if value.ndim >= 2 and value.shape[1] == length:
-        return value[0][positions_PT]
-    if value.shape == (length,):  # places in a cache, which there is none of
-        return torch.arange(positions_PT.shape[1], device=value.device)
-    raise UnsupportedModelError(
-        f"the search cannot read an argument of shape {tuple(value.shape)} that the layers of this model take."
-    )
-
-
-def _rows_of(value: Any, prompts_N: Tensor) -> Any:
-    """`[P, ..]` as `[N, ..]`, at any depth."""
-    if isinstance(value, dict):
-        return {name: _rows_of(item, prompts_N) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows_of(item, prompts_N) for item in value)
-    return value[prompts_N] if isinstance(value, Tensor) and value.ndim > 1 else value

@@ -122,7 +122,7 @@ def _work(connection: Connection, load: Load, settings: SearchSettings, memory: 
             connection.send(("found", searcher.search(group)))
     except DynadepthError as error:
         connection.send(("raised", error))
-    except EOFError:  # the other side is gone
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the other side is gone
         return
     except Exception:
         connection.send(("failed", traceback.format_exc()))

@@ -24,7 +24,7 @@ from dynadepth.evaluation.files import Row as Line
 from dynadepth.evaluation.files import read_rows
 from dynadepth.evaluation.files import stem as source_of
 from dynadepth.evaluation.formats import FORMATS, Format, format_of
-from dynadepth.search.layers import Row
+from dynadepth.search.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
