@@ -204,6 +204,24 @@ def test_recorded_outputs_are_whole(uncompiled: type[Counting]) -> None:
             assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
+def test_a_step_that_is_padding_for_some_rows(uncompiled: type[Counting]) -> None:
+    answers = []
+    for compiled in (False, True):
+        model, logits = routed("llama", skip_path="linear", skip_rank=4), []
+        if compiled:
+            dynadepth.compile(model)
+        mask = torch.ones(2, 5, dtype=torch.long)
+        with fixed_routes(model, EVEN), torch.no_grad():
+            cache = model(input_ids=ids(2, 5), attention_mask=mask).past_key_values
+            for seed, real in enumerate(([1, 1], [1, 0], [1, 1])):
+                mask = torch.cat([mask, torch.tensor(real)[:, None]], 1)
+                out = model(input_ids=ids(2, 1, seed), attention_mask=mask, past_key_values=cache)
+                logits.append(out.logits[torch.tensor(real).bool()])
+        answers.append(torch.cat(logits))
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
+    assert uncompiled.runs
+
+
 def test_kv_bytes_are_those_of_the_ordinary_way(uncompiled: type[Counting]) -> None:
     held = []
     for compiled in (False, True):
