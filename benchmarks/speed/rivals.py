@@ -11,7 +11,7 @@ call for `--new-tokens` more, over their number: what a user of `generate` waits
     transformers-compiled   torch.compile of its forward, with a static cache (shapes never change here: its best case)
     pruned                  half of the attentions physically absent, eager: no routing, no way back
     dynadepth               routed: half of the attentions skipped, the same ones for every prompt
-    compiled, compiled-routed   dense and routed under `dynadepth.compile`, where this version has it
+    compiled, compiled-routed   dense and routed under `dynadepth.compile`
     llama.cpp-bf16, llama.cpp-q8_0   llama-cpp-python on the same weights, given an environment that has it
 
 The weights of llama.cpp are the embedded GGUF file's, dequantised as those of transformers are and rounded to bfloat16;
@@ -29,8 +29,9 @@ from pathlib import Path
 
 from workers import Worker, serve
 
-TORCH = ("transformers", "transformers-compiled", "pruned", "dynadepth")
 COMPILED = ("compiled", "compiled-routed")
+TORCH = ("transformers", "transformers-compiled", "pruned", "dynadepth", *COMPILED)
+"""Those of this environment."""
 LLAMA = {"llama.cpp-bf16": "bf16", "llama.cpp-q8_0": "q8_0"}
 KEEP = 0.5
 
@@ -84,13 +85,6 @@ def prepared(name: str, model):
     return model.eval()
 
 
-def rivals() -> list[str]:
-    """Those that this environment can run."""
-    import dynadepth
-
-    return [*TORCH, *(COMPILED if hasattr(dynadepth, "compile") else ())]
-
-
 def work(rival: str, name: str, length: int) -> None:
     """A worker of this environment."""
     from transformers.utils import logging
@@ -119,7 +113,7 @@ def measured(arguments: argparse.Namespace) -> dict:
     length = arguments.context + arguments.new_tokens + 1
     commands = {
         rival: [sys.executable, __file__, arguments.model, "--worker", rival, "--length", str(length)]
-        for rival in (arguments.only or rivals())
+        for rival in (arguments.only or TORCH)
     }
     if arguments.llama_python:
         from weights import gguf_files
@@ -231,8 +225,8 @@ def main() -> None:
         return print(table(json.loads(arguments.table.read_text())))
     if arguments.model is None:
         parser.error("name a model, or give --table FILE")
-    if arguments.only and (arguments.only[0] != "transformers" or set(arguments.only) - set(rivals())):
-        parser.error(f"--only starts with transformers and names some of {', '.join(rivals())}")
+    if arguments.only and (arguments.only[0] != "transformers" or set(arguments.only) - set(TORCH)):
+        parser.error(f"--only starts with transformers and names some of {', '.join(TORCH)}")
     document = measured(arguments)
     if arguments.out:
         arguments.out.write_text(json.dumps(document, indent=2) + "\n")

@@ -100,6 +100,15 @@ def test_every_rival_generates(name, monkeypatch):
         assert sum(router.threshold > 0 for router in routing_of(generator.model).routers().values()) == 2
 
 
+def test_compiled_rivals(monkeypatch):
+    rivals = script("rivals")
+    given = []
+    monkeypatch.setattr(dynadepth, "compile", lambda model: given.append(model) or model)
+    for name, attached in (("compiled", False), ("compiled-routed", True)):
+        assert rivals.prepared(name, bare()) is given[-1]
+        assert dynadepth.is_attached(given[-1]) == attached
+
+
 class Scripted:
     """A worker that answers what it is told to."""
 
