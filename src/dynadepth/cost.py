@@ -134,6 +134,11 @@ def _router_weights(router: AbstractRouter) -> int:
     return sum(p.numel() for p in parameters if p.dim() == dims and dims)
 
 
+def path_weights(model: PreTrainedModel, site: Site) -> int:
+    """Weights of a site's skip path, as many as its multiply-adds a token; 0 of an identity."""
+    return _weights(routing_of(model).states[site].skip_path, model.config, skip_own=False)
+
+
 def flops_share(
     model: PreTrainedModel, keep: Mapping[Site, float], tokens: int, past: int = 0, scored: int = 1
 ) -> Share:
@@ -157,9 +162,8 @@ def flops_share(
             cost = own[site.layer][part]
             full = cost.flops(tokens, past)
             saved += full - (cost.flops_by_token(share, tokens, past, project) if by_token else share * full)
-        path = routing.states[site].skip_path
         taken = 1.0 if by_token else 1.0 - share  # by token it follows every token, so that each may take it
-        saved -= taken * 2 * tokens * _weights(path, config, skip_own=False)
+        saved -= taken * 2 * tokens * path_weights(model, site)
     dense_model = dense["attention"] + dense["mlp"] + head_flops(model, scored)
     elsewhere = added["attention"] + added["mlp"] - sum(added[part] for part in parts)
     return Share(1.0 - saved / dense_target, 1.0 - (saved - elsewhere) / dense_model)

@@ -183,6 +183,16 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     return final
 
 
+def fetch_gguf(name: str, folder: Path, *, progress: Progress | None = None) -> Path:
+    """The GGUF file that an embedded model is made from, put into `folder`; what other programs read.
+
+    Raises `ModelNotFoundError` as `fetch` does.
+    """
+    if name not in EMBEDDED:
+        raise ModelNotFoundError(f"There is no embedded model {name!r} (there are: {', '.join(EMBEDDED)}).")
+    return _assemble(EMBEDDED[name], folder, progress or _print_to_stderr)
+
+
 def resolve(model: str | Path) -> str:
     """What `from_pretrained` takes for an embedded name (fetched if need be), a local folder or a hub id.
 

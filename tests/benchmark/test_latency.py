@@ -10,7 +10,7 @@ import dynadepth
 from dynadepth import MindSkipConfig, Site, StaticConfig, cost
 from dynadepth.benchmark import cut_prompts, pruned_twin, run
 from dynadepth.benchmark.latency import execute_all_copy
-from dynadepth.benchmark.memory import cache_bytes, peak_bytes
+from dynadepth.benchmark.memory import cache_bytes, peak_watch
 from dynadepth.benchmark.timing import Work, check_length, measure, spread
 from dynadepth.errors import ConfigError, DataError
 from parity.models import VOCABULARY, tiny
@@ -186,7 +186,9 @@ def test_an_empty_or_short_cache_is_noticed():
 
 def test_memory():
     size = 64 * 2**20
-    peak = peak_bytes(lambda: torch.ones(size // 4), torch.device("cpu"))
+    watch = peak_watch(torch.device("cpu"))
+    torch.ones(size // 4)
+    peak = watch()
     assert peak is None or 0.9 * size < peak < 2 * size
     cache = DynamicCache()
     cache.update(torch.zeros(2, 3, 5, 7), torch.zeros(2, 3, 5, 7), 0)

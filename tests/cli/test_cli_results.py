@@ -60,7 +60,7 @@ def test_help_lists_every_verb_and_needs_no_torch():
         ),
         ("eval", "--routers --budget --control --tasks --task-data --limit --perplexity --compare-dense --json"),
         ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --compile --json"),
-        ("bench", "--routers --budget --batch --context --new-tokens --json"),
+        ("bench", "--routers --budget --batch --context --compare --seconds --new-tokens --json --resume --figure"),
         ("demo", "--out --seed"),
         (
             "frontier",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,48 @@ import torch
 from transformers import Cache
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that `call` needs at its highest point beyond those in use before it; None where the system cannot tell.
+def peak_watch(device: torch.device) -> Callable[[], int | None]:
+    """Starts to watch memory. The function given answers the bytes in use at the highest point since, beyond those in
+    use now; None where the system cannot tell.
 
-    On CUDA the allocator's own count. On Linux the resident set: its high-water mark is reset first, and the C
-    library gives freed memory back, so that earlier calls hide nothing. The result of `call` is dropped.
+    On CUDA the allocator's own count. On Linux the resident set: its high-water mark is reset, and the C library gives
+    freed memory back, so that what was done earlier hides nothing but uncollected cycles.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        allocated = torch.cuda.memory_allocated(device)
+
+        def on_device() -> int | None:
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - allocated
+
+        return on_device
+    before = reset_resident_peak()
+
+    def resident() -> int | None:
+        after = resident_peak()
+        return None if before is None or after is None else max(after - before, 0)
+
+    return resident
+
+
+def reset_resident_peak() -> int | None:
+    """Gives freed memory back and starts the high-water mark of the resident set anew, at the bytes that it returns;
+    None where the system is not Linux or forbids it."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-        before = _status_bytes("VmRSS")
-        call()
-        return max(_status_bytes("VmHWM") - before, 0)
+        return _status_bytes("VmRSS")
     except (OSError, AttributeError):
+        return None
+
+
+def resident_peak() -> int | None:
+    """The largest resident set since `reset_resident_peak`, in bytes; None where the system cannot tell."""
+    try:
+        return _status_bytes("VmHWM")
+    except OSError:
         return None
 
 

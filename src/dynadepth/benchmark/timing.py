@@ -22,8 +22,13 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dynadepth.architectures import decoder_layers
-from dynadepth.benchmark.memory import cache_bytes
+from dynadepth.benchmark.memory import cache_bytes, peak_watch
+from dynadepth.cost import PARTS
 from dynadepth.routing.cache import RoutedCache
+from dynadepth.routing.decision import Site
+
+FEWEST = 2
+"""Rounds that run however long they take: prefills of a minute need no more to agree, or to show that they do not."""
 
 
 @dataclass
@@ -35,6 +40,10 @@ class Samples:
     generate: list[float] = field(default_factory=list)
     kv_bytes: dict[str, int] = field(default_factory=dict)
     """Held by the cache after the prefill and after the last step."""
+    peak_bytes: int | None = None
+    """Of a prefill, its cache included, beyond what was in use before; None where the system cannot tell."""
+    routes: dict[Site, list[int]] = field(default_factory=dict)
+    """Sticky decisions (how often it executes) by row, as the cache holds them."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +104,35 @@ def measure(
     work: Work,
     *,
     repeats: int,
+    at_most: float | None = None,
     generate: Sequence[str] = (),
+    warm: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Samples]:
-    """Times prefill and decode of all models, and `generate()` of those named, after an untimed warm-up of each.
+    """Times prefill and decode of all models, and `generate()` of those named, after an untimed warm-up of each unless
+    `warm` is False.
 
-    Every cache is checked to hold the context before its first step, and all tokens after the last one.
+    The first round looks at memory, too. `repeats` rounds, or fewer (but `FEWEST`) where they take longer than
+    `at_most` seconds. Every cache is checked to hold the context before its first step, and all tokens after the last
+    one.
     """
     samples = {name: Samples() for name in models}
     device = work.ids_BT.device
     with torch.no_grad(), _quiet_collector():
-        for round_ in range(-1, repeats):  # round -1 warms up
+        started = time.perf_counter()
+        for round_ in range(-1 if warm else 0, repeats):  # round -1 warms up
+            if at_most is not None and round_ >= FEWEST and time.perf_counter() - started > at_most:
+                break
             if progress is not None and round_ >= 0:
                 progress(f"round {round_ + 1} of {repeats}")
             steps = work.new_tokens if round_ >= 0 else min(work.new_tokens, 2)
             caches: dict[str, Cache] = {}
             for name in _rotated(models, round_):
+                peak = peak_watch(device) if round_ == 0 else None
                 seconds, caches[name] = _timed(partial(work.prefill, models[name]), device)
+                if peak is not None:
+                    samples[name].peak_bytes = peak()
+                    samples[name].routes = dict(getattr(caches[name], "routes", {}))
                 if round_ >= 0:
                     samples[name].prefill.append(seconds)
                 check_length(models[name], caches[name], work.context)
@@ -137,6 +158,14 @@ def check_length(model: PreTrainedModel, cache: Cache, length: int) -> None:
     """Asserts that a cache is really filled: it answers `length`, and each layer that stores keys stores that many."""
     if isinstance(cache, RoutedCache):
         assert cache.seen == length, f"the cache saw {cache.seen} tokens, not {length}"
+        for site, route in cache.routes.items():
+            keys = getattr(cache.layers[site.layer], "keys", None)
+            if "attention" in PARTS[site.target] and any(route):
+                window = getattr(cache.layers[site.layer], "sliding_window", None) or length + 1
+                assert keys is not None, f"{site} was left empty"
+                rows = sum(map(bool, route))
+                assert keys.shape[0] == rows, f"{site} holds {keys.shape[0]} rows where {rows} execute"
+                assert keys.shape[-2] == min(length, window - 1), f"{keys.shape[-2]} keys for {length} tokens"
         return
     filled: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     assert len(filled) in (len(decoder_layers(model)), 0), "a layer of the cache was left empty"

@@ -1,13 +1,18 @@
-"""`dynadepth bench`: time and memory of dense, routed and pruned, interleaved."""
+"""`dynadepth bench`: time and memory of dense, routed and pruned, interleaved, over a grid of batches and contexts."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynadepth.cli import options
-from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, table, write_json
+from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, say, table, write_json
+from dynadepth.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dynadepth.benchmark.growth import Slope
 
 
 def bench(
@@ -19,74 +24,171 @@ def bench(
     context: Annotated[
         str, typer.Option("--context", metavar="32,512", help="Prompt lengths in tokens.")
     ] = "32,512,2048",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="KIND[@KEEP],...",
+            help="Kinds of routing to time beside, nothing tuned: static, sequence, mixed (rows differ), "
+            "token-project, token-drop; each at a keep ratio of all attentions (0.5), such as sequence@0.75; "
+            "@1 executes everything.",
+        ),
+    ] = None,
+    skip_path: Annotated[
+        str, typer.Option("--skip-path", metavar="NAME", help="Skip path of what --compare names: identity, linear.")
+    ] = "identity",
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", metavar="N", help="Tokens decoded after each prompt.")
     ] = 32,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Rounds of each measurement.")] = 5,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", metavar="S", help="No further round at a point after S seconds (2 always run)."),
+    ] = None,
     dtype: options.Dtype = "auto",
     json_file: options.Json = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the points that the --json file has of the same run.")
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="FILE", help="Draw a heat map into this .svg or .png.")
+    ] = None,
 ) -> None:
     """Time prefill and decode of the dense, the routed and the pruned model in the same run."""
-    with reporting("nothing was written."):
+    kept: list[dict[str, Any]] = []
+
+    def interrupted() -> str:
+        if json_file is None or not kept:
+            return "nothing was written."
+        return f"{json_file} has the points that were finished; the same command with --resume goes on from there."
+
+    with reporting(interrupted):
         share = options.parse_budget(budget)
         batches, contexts = options.parse_counts(batch, "--batch"), options.parse_counts(context, "--context")
         options.check_at_least_one(new_tokens, "--new-tokens")
         options.check_at_least_one(repeats, "--repeats")
         options.check_output_file(json_file)
+        options.check_output_file(figure)
+        if seconds is not None and not seconds > 0:
+            raise ConfigError(f"--seconds must be more than 0, not {seconds:g}.")
+        if resume and json_file is None:
+            raise ConfigError("--resume needs --json FILE: the file whose points are kept.")
+        if skip_path != "identity" and compare is None:
+            raise ConfigError(f"--skip-path {skip_path} is of what --compare names, and nothing is compared.")
+        if figure is not None and routers is None and compare is None:
+            raise ConfigError(f"--figure {figure} has nothing to draw: give --routers or --compare.")
+        from dynadepth.report.grid import in_order, points, resumed
+        from dynadepth.report.heatmap import check_figure, write_heat_map
+
+        check_figure(figure)
+        from dynadepth.benchmark.variants import Variant
+
+        compared = [Variant.parse(name, skip_path) for name in options.parse_names([compare] if compare else [])]
         loaded, tokenizer = open_model(model, routers, share, dtype, control)
-        from dynadepth.benchmark import cut_prompts, run
+        from dynadepth.benchmark import cut_prompts, grid
+        from dynadepth.benchmark.growth import slopes
         from dynadepth.report.stamp import stamp
 
+        provenance = stamp(model, loaded, routers=routers)
+        provenance["bench"] = {
+            "compare": [str(variant) for variant in compared],
+            "skip_path": skip_path,
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+            "seconds": seconds,
+        }
+        if resume and json_file is not None:
+            kept += resumed(json_file, provenance)
         prompts = cut_prompts(tokenizer, count=max(batches), length=max(contexts) + new_tokens)
         with progress("timing") as tell:
-            cells = run(
+            for cells in grid(
                 loaded,
                 prompts,
                 batches=batches,
                 contexts=contexts,
                 new_tokens=new_tokens,
                 repeats=repeats,
+                seconds=seconds,
+                compare=compared,
+                finished=points(kept),
                 progress=tell,
-            )
-        show(cells)
-        write_json(json_file, {"cells": cells, "provenance": stamp(model, loaded, routers=routers)})
+            ):
+                kept[:] = in_order([*kept, *cells])
+                write_json(json_file, {"cells": kept, "provenance": provenance}, quiet=True)
+        show(kept)
+        show_growth(slopes(kept))
+        if json_file is not None:
+            say(f"wrote {json_file}")
+        if figure is not None:
+            write_heat_map(figure, kept)
+            say(f"wrote {figure}")
 
 
 def show(cells: list[dict[str, Any]]) -> None:
-    """Prints one row a cell."""
-    columns = (
-        "variant",
-        "batch",
-        "context",
-        "phase",
-        "dense",
-        "routed",
-        "pruned",
-        "spread",
-        "speed-up",
-        "efficiency",
-        "KV",
-    )
-    grid = table(f"Milliseconds, median ({cells[0]['dtype']})", *columns)
+    """Prints one row a cell: its time, then its rate and memory."""
+    keys = ("variant", "size", "phase")
+    of_time = ("dense", "routed", "pruned", "spread", "speed-up", "ideal", "efficiency")
+    times = table(f"Milliseconds, median, by batch × context ({cells[0]['dtype']})", *keys, *of_time)
+    of_size = ("dense tokens/s", "tokens/s", "dense KV", "KV", "dense peak", "peak")
+    rates = table("Tokens a second; MiB of keys and values, and at the peak of a prefill", *keys, *of_size)
     for cell in cells:
-        grid.add_row(
-            cell["variant"],
-            str(cell["batch"]),
-            str(cell["context"]),
-            cell["phase"],
+        name = cell["variant"]
+        place = (name, f"{cell['batch']}×{cell['context']}", cell["phase"])
+        ideal, efficiency, nominal = cell["ideal_saving"], cell["skip_efficiency"], cell["nominal_efficiency"]
+        times.add_row(
+            *place,
             _ms(cell["dense_s"]),
             _ms(cell["routed_s"]),
             _ms(cell["pruned_s"]),
             percent(cell["spread"]),
-            "-" if cell["speedup"] is None else f"{cell['speedup']:.2f}×",
-            number(cell["skip_efficiency"], 2),
-            _kv(cell),
+            _times(cell["speedup"]),
+            "-" if ideal is None else _times(1 / (1 - ideal)),
+            number(efficiency, 2) if efficiency is not None or nominal is None else f"({nominal:.2f})",
         )
+        own = "dense" if cell["routed_s"] is None else name
+        rates.add_row(
+            *place,
+            number(cell["tokens_per_s"]["dense"], 1),
+            number(cell["tokens_per_s"][own], 1),
+            _mib(cell["kv_bytes_dense"]),
+            _kv(cell),
+            _mib(cell["peak_bytes"]["dense"]),
+            _mib(cell["peak_bytes"][own]),
+        )
+    notes = ["ideal: the speed-up by FLOPs (prefill) or bytes read (decode)"]
+    if any(c["skip_efficiency"] is None and c["nominal_efficiency"] is not None for c in cells):
+        notes.append("(efficiency): of the nominal saving, where rows or tokens differ")
+    if beyond := sorted({c["context"] for c in cells if c["beyond_positions"]}):
+        notes.append(f"longer than this model was made for: {', '.join(map(str, beyond))} (times hold, texts do not)")
+    for part in (times, rates):
+        out().print(part)
+    out().print("; ".join(notes), markup=False)
+
+
+def show_growth(found: list[Slope]) -> None:
+    """Prints one row a fit, if there are any."""
+    if not found:
+        return
+    columns = ("variant", "phase", "along", "from", "to", "other", "dense time", "time", "dense peak", "peak")
+    grid = table("Growth: exponent x of cost ∝ size^x", *columns)
+    for one in found:
+        other = "batch" if one.axis == "context" else "context"
+        figures = (one.dense_time, one.time, one.dense_memory, one.memory)
+        sizes = (str(one.low), str(one.high), f"{other} {one.fixed}")
+        grid.add_row(one.variant, one.phase, one.axis, *sizes, *(number(figure, 2) for figure in figures))
     out().print(grid)
 
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else number(1000 * seconds, 2)
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else number(size / 2**20, 1)
+
+
+def _times(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor:.2f}×"
 
 
 def _kv(cell: dict[str, Any]) -> str:

@@ -149,8 +149,9 @@ def compile_decode(model: PreTrainedModel) -> None:
             say(str(warning.message), "yellow", "note: ")
 
 
-def write_json(path: Path | None, document: dict[str, Any]) -> None:
-    """Writes a whole file or none. Numbers that JSON does not have (infinity, not-a-number) become null."""
+def write_json(path: Path | None, document: dict[str, Any], quiet: bool = False) -> None:
+    """Writes a whole file or none, and says so unless `quiet`. Numbers that JSON does not have (infinity, not-a-number)
+    become null."""
     if path is None:
         return
     from dynadepth.adapter import atomically
@@ -160,7 +161,8 @@ def write_json(path: Path | None, document: dict[str, Any]) -> None:
         atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
-    say(f"wrote {path}")
+    if not quiet:
+        say(f"wrote {path}")
 
 
 def table(title: str, *columns: str) -> Table:

@@ -151,12 +151,27 @@ def write(folder: Path, name: str, figure: Figure) -> list[Path]:
 
 def new(height: float) -> tuple[Figure, Axes]:
     """An empty figure in the house's style, `WIDTH` inches wide. Raises `DynadepthError` without matplotlib."""
+    figure, panels = figure_of(1, 1, width=WIDTH, height=height)
+    return figure, panels[0][0]
+
+
+def figure_of(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Panels of `width` times `height` inches each, by row. Raises `DynadepthError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DynadepthError(f"Figures need matplotlib ({error}): run `pip install 'dynadepth[report]'`.") from error
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(columns * width, rows * height))
+    if rows * columns > 1:
+        figure.set_layout_engine("constrained")
+    panels = [[figure.add_subplot(rows, columns, row * columns + i + 1) for i in range(columns)] for row in range(rows)]
+    for panel in panels:
+        for axes in panel:
+            _plain(axes)
+    return figure, panels
+
+
+def _plain(axes: Axes) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(COLOURS["grid"])
@@ -164,4 +179,3 @@ def new(height: float) -> tuple[Figure, Axes]:
     axes.xaxis.label.set_color(COLOURS["ink"])
     axes.yaxis.label.set_color(COLOURS["ink"])
     axes.set_axisbelow(True)
-    return figure, axes

@@ -1,0 +1,35 @@
+"""A rival's process in an environment with llama-cpp-python: `python llama_worker.py FILE.gguf LENGTH THREADS`."""
+
+import itertools
+import resource
+import sys
+import time
+
+import llama_cpp
+from workers import serve
+
+
+def main(path: str, length: str, threads: str) -> None:
+    model = llama_cpp.Llama(
+        path,
+        n_ctx=int(length),
+        n_batch=int(length),
+        n_ubatch=512,
+        n_threads=int(threads),
+        n_threads_batch=int(threads),
+        verbose=False,
+    )
+
+    def answer(prompt: list[int], new_tokens: int) -> dict:
+        model.reset()  # nothing of an earlier prompt is reused
+        start = time.perf_counter()
+        tokens = list(itertools.islice(model.generate(prompt, temp=0.0), new_tokens))
+        seconds = time.perf_counter() - start
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"seconds": seconds, "tokens": tokens, "peak": peak, "version": llama_cpp.__version__}
+
+    serve(answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
