@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from dynadepth.benchmark.speedup import set_speedup
     from dynadepth.compiled import compile_model as compile
     from dynadepth.compiled import is_compiled, uncompile
+    from dynadepth.dial import set_budget, set_control
     from dynadepth.methods import (
         DepthConfig,
         DrLLMConfig,
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
         fixed_routes,
         load,
         save,
-        set_budget,
-        set_control,
     )
     from dynadepth.routed import is_attached, routing_of
     from dynadepth.routing.decision import KeepRatio, Site
@@ -52,8 +51,8 @@ _WHERE = {
     "load": "model",
     "routing_of": "routed",
     "save": "model",
-    "set_budget": "model",
-    "set_control": "model",
+    "set_budget": "dial",
+    "set_control": "dial",
     "set_speedup": "benchmark.speedup",
     "uncompile": "compiled",
 }

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from dynadepth.architectures import ArchitectureSpec, decoder_layers, decoder_of, spec_for
 from dynadepth.architectures.probe import quietly
+from dynadepth.dial import check_adjustable, set_threshold
 from dynadepth.errors import BudgetError
 from dynadepth.methods.static import skip_count
-from dynadepth.model import check_adjustable, disabled, set_threshold
+from dynadepth.model import disabled
 from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
 from dynadepth.routing.decision import Site

@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dynadepth.dial import set_threshold
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods import MindSkipConfig
-from dynadepth.model import attach, set_threshold
+from dynadepth.model import attach
 from dynadepth.routed import routing_of
 from dynadepth.routing import roomy
 from dynadepth.tuning import Recipe, examples_for, self_data

@@ -17,10 +17,11 @@ from torch import nn
 
 from dynadepth.benchmark.cost_table import CostTable, Workload
 from dynadepth.benchmark.machine import cost_table, table_path
+from dynadepth.dial import calibration_of, check_adjustable, set_budget
 from dynadepth.errors import BudgetError
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
-from dynadepth.model import add_lora, attach, calibration_of, check_adjustable, detach, set_budget
+from dynadepth.model import add_lora, attach, detach
 from dynadepth.routed import Routing, routing_of
 
 Progress = Callable[[str], object]

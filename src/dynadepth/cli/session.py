@@ -113,7 +113,8 @@ def open_model(
         import torch
 
         from dynadepth import adapter, hub
-        from dynadepth.model import load, set_budget, set_control
+        from dynadepth.dial import set_budget, set_control
+        from dynadepth.model import load
         from dynadepth.routed import routing_of
 
         quiet_libraries()

@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
 from dynadepth import hub
+from dynadepth.dial import set_budget
 from dynadepth.errors import ConfigError, DataError, DynadepthError
 from dynadepth.evaluation.continuations import Answer, ContinuationScorer, Request, common_prefix
 from dynadepth.evaluation.tasks import missing_extra
-from dynadepth.model import load, set_budget
+from dynadepth.model import load
 from dynadepth.routed import is_attached, routing_of
 
 try:

@@ -18,12 +18,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dynadepth.budget import in_order, mixture
+from dynadepth.dial import set_budget
 from dynadepth.errors import BudgetError
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
 from dynadepth.methods.random import RandomConfig
-from dynadepth.model import add_lora, attach, detach, fixed_routes, load, set_budget
+from dynadepth.model import add_lora, attach, detach, fixed_routes, load
 from dynadepth.routed import routing_of
 from dynadepth.tuning import Recipe, load_recipe
 

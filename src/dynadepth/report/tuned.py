@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
+from dynadepth.dial import set_budget
 from dynadepth.errors import DynadepthError, NewerFormatError
-from dynadepth.model import load, set_budget
+from dynadepth.model import load
 from dynadepth.provenance import provenance
 from dynadepth.report.stamp import model_facts, sign
 from dynadepth.routed import routing_of

@@ -14,8 +14,9 @@ from functools import partial
 from torch import nn
 
 from dynadepth.budget import in_order, mixture
+from dynadepth.dial import set_budget
 from dynadepth.methods import StaticConfig
-from dynadepth.model import adopt_lora, attach, detach, fixed_routes, set_budget
+from dynadepth.model import adopt_lora, attach, detach, fixed_routes
 from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.statistics import paired_bootstrap

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dynadepth.model import set_budget
+from dynadepth.dial import set_budget
 from dynadepth.routed import routing_of
 from dynadepth.routing.context import current
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from dynadepth import adapter
 from dynadepth.budget import Batches, importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
+from dynadepth.dial import check_budget, set_budget
 from dynadepth.errors import AdapterError, ConfigError
 from dynadepth.methods import StaticConfig
-from dynadepth.model import check_budget, set_budget
 from dynadepth.removal import Damage, alone
 from dynadepth.routed import Routing, routing_of, unwrapped
 from dynadepth.routing.decision import Site

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynadepth import budget as budgets
+from dynadepth.dial import set_budget
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import StaticConfig
-from dynadepth.model import add_lora, attach, detach, fixed_routes, save, set_budget
+from dynadepth.model import add_lora, attach, detach, fixed_routes, save
 from dynadepth.routed import is_attached, routing_of, unwrapped
 from dynadepth.routing.decision import KeepRatio
 from dynadepth.routing.sublayer import PATH, ROUTER
