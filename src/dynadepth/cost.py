@@ -128,10 +128,8 @@ def router_flops(model: PreTrainedModel, tokens: int, past: int = 0) -> int:
 
 
 def _router_weights(router: AbstractRouter) -> int:
-    """Multiply-adds a vector: through its matrices (vectors beside them are biases), or its one vector."""
-    parameters = list(router.parameters())
-    dims = max((p.dim() for p in parameters), default=0)
-    return sum(p.numel() for p in parameters if p.dim() == dims and dims)
+    """Multiply-adds a vector: through its matrices and single vectors, biases left out."""
+    return sum(p.numel() for name, p in router.named_parameters() if p.dim() and not name.endswith("bias"))
 
 
 def path_weights(model: PreTrainedModel, site: Site) -> int:

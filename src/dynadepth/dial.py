@@ -58,6 +58,11 @@ def set_control(model: nn.Module, control: float) -> None:
             f"A {routing.config.name} route has no probabilities that a control could shift: set a budget instead."
         )
     check_adjustable(routing)
+    if not all(router.probabilistic for router in routing.routers().values()):
+        raise BudgetError(
+            f"Routers of method {routing.config.name!r} draw at random and have no probabilities that a control could "
+            "shift: calibrate them and set a budget instead."
+        )
     # Finite at the ends: minus infinity stands for a budget of 1, which asks no router at all.
     most = torch.finfo(torch.float32).max
     set_threshold(routing.routers().values(), control * most if abs(control) == 1 else 2 * math.atanh(control))

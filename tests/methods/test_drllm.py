@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynadepth import DrLLMConfig, StaticConfig, attach, load, recording, routing_of, save, set_budget, set_control
+from dynadepth.benchmark.latency import execute_all_copy
 from dynadepth.budget import calibrate
 from dynadepth.cost import router_flops
 from dynadepth.errors import BudgetError, ConfigError
@@ -181,3 +182,25 @@ def test_a_static_route_repeats():
         StaticConfig(repeat=(1,))
     with pytest.raises(ConfigError, match="leave repeat"):
         StaticConfig(target="block", order=(1, 2), repeat=(3,))
+
+
+def test_a_budget_of_one_executes_every_layer_once_in_training_too():
+    model = routed()
+    batch = ragged([5, 3, 4])
+    set_budget(model, block=1.0)
+    with torch.no_grad(), recording() as record:
+        sparse = model(**batch).logits
+    assert set(record.site_passes().values()) == {1.0}
+    with torch.no_grad(), recording() as record:
+        masked = model.train()(**batch).logits
+    assert set(record.site_passes().values()) == {1.0}
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(masked[real], sparse[real])
+
+
+def test_the_benchmark_of_executing_everything_asks_and_repeats_nothing():
+    model = execute_all_copy(routed())
+    with torch.no_grad(), recording() as record:
+        trace = model(**ragged([5, 3, 4])).depth_trace
+    assert set(record.site_passes().values()) == {1.0}
+    assert len(trace.logits) == LAYERS

@@ -28,7 +28,8 @@ from dynadepth import (
     set_budget,
 )
 from dynadepth.budget import calibrate
-from dynadepth.errors import AdapterError, ConfigError, UnsupportedCacheError
+from dynadepth.cost import router_flops
+from dynadepth.errors import AdapterError, BudgetError, ConfigError, UnsupportedCacheError
 from dynadepth.methods import config_from_dict
 from dynadepth.methods.mod import agreement, top_loss
 from dynadepth.routing.expert_choice import places, winners
@@ -553,3 +554,22 @@ def test_one_block_alone_is_refused() -> None:
 def test_top_loss_is_none_without_a_choice() -> None:
     assert top_loss(mod()(input_ids=ids(1, 4)).depth_trace) is None
     assert agreement(mod()(input_ids=ids(1, 4)).depth_trace) is None
+
+
+def test_tokens_do_not_compete_while_they_are_written() -> None:
+    model = mod(capacity=0.5).train()
+    with pytest.raises(ConfigError, match=r"call\s+model\.eval\(\) first"):
+        model.generate(ids(1, 4), max_new_tokens=1, use_cache=False)
+    cached = model.generate(ids(1, 4), max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.eval().generate(ids(1, 4), max_new_tokens=3, do_sample=False), cached)
+
+
+def test_noise_has_no_probabilities_for_a_control_to_shift() -> None:
+    with pytest.raises(BudgetError, match="'mod' draw at random"):
+        dynadepth.set_control(mod(routing="stochastic"), 0.0)
+
+
+def test_router_flops_count_the_predictors_vectors() -> None:
+    model = mod(sampling="predictor", predictor_width=6)
+    sites = len(dynadepth.routing_of(model).sites)
+    assert router_flops(model, 3) == 2 * 3 * sites * (WIDTH + WIDTH * 6 + 6)  # score; the predictor's two layers

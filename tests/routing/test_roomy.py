@@ -50,6 +50,7 @@ def states(tokens: int, seed: int) -> Tensor:
     ],
     ids=str,
 )
+@torch.no_grad()
 def test_a_layer_with_room_holds_what_the_plain_one_holds(kind: type, events: list[Any]) -> None:
     plain, with_room = layer(kind), roomy_layer(kind)
     for seed, event in enumerate(events):
@@ -75,6 +76,7 @@ def test_a_layer_with_room_holds_what_the_plain_one_holds(kind: type, events: li
         assert plain.get_mask_sizes(1) == with_room.get_mask_sizes(1)
 
 
+@torch.no_grad()
 def test_a_token_is_written_into_its_place() -> None:
     one = roomy_layer(DynamicLayer)
     one.update(states(4, 0), states(4, 1))
@@ -87,6 +89,7 @@ def test_a_token_is_written_into_its_place() -> None:
     assert one.spare_bytes() == spare * 3 // 4
 
 
+@torch.no_grad()
 def test_what_was_handed_out_is_never_overwritten() -> None:
     one = roomy_layer(DynamicLayer)
     one.update(states(4, 0), states(4, 1))
@@ -98,6 +101,7 @@ def test_what_was_handed_out_is_never_overwritten() -> None:
     assert torch.equal(seen, before)
 
 
+@torch.no_grad()
 def test_a_copy_fills_room_of_its_own() -> None:
     one = roomy_layer(DynamicLayer)
     one.update(states(4, 0), states(4, 1))
@@ -110,14 +114,16 @@ def test_a_copy_fills_room_of_its_own() -> None:
 
 def test_gradients_go_through_as_in_the_plain_layer() -> None:
     one = roomy_layer(DynamicLayer)
-    one.update(states(4, 0), states(4, 1))
-    one.update(states(1, 2), states(1, 2))
+    with torch.no_grad():
+        one.update(states(4, 0), states(4, 1))
+        one.update(states(1, 2), states(1, 2))
     new = states(1, 3).requires_grad_()
     keys, _ = one.update(new, new)
     keys.sum().backward()
     assert torch.equal(new.grad, torch.ones_like(new))
 
 
+@torch.no_grad()
 def test_room_made_in_inference_mode_is_left_outside_it() -> None:
     one = roomy_layer(DynamicLayer)
     with torch.inference_mode():
@@ -157,3 +163,16 @@ def test_a_routed_cache_counts_its_room_apart(family: str) -> None:
     spare = sum(one.spare_bytes() for one in held)
     assert spare > 0
     assert cache.reserved_bytes() == cache.kv_bytes() + spare
+
+
+def test_cached_steps_are_differentiable_when_queries_alone_learn() -> None:
+    model = routed()
+    model.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    outputs = model(input_ids=ids(2, 5))
+    logits = [outputs.logits[:, -1]]
+    for step in range(3):
+        outputs = model(input_ids=ids(2, 1, seed=step), past_key_values=outputs.past_key_values)
+        logits.append(outputs.logits[:, -1])
+    torch.stack(logits).logsumexp(-1).sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from dynadepth import Site, fixed_routes, routing_of
+from dynadepth import Site, StaticConfig, attach, fixed_routes, routing_of
 from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.sparse_layer import SparseLayer
-from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, ids, mixed, ragged, routed
+from small import ALL, FAMILIES, KINDS, LAYERS, WINDOW, bare, ids, mixed, paths, ragged, routed
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 SKIP_PATH = pytest.mark.parametrize("skip_path", ["identity", "linear"])
@@ -256,3 +256,29 @@ def test_a_skip_path_remembers_no_more_after_a_thousand_tokens() -> None:
         assert cache.kv_bytes() == 0
         cache.reset()
         assert cache.memories.bytes() == 0
+
+
+def test_rows_that_began_in_a_later_chunk_leave_nothing_where_they_execute() -> None:
+    model = paths(attach(bare(), StaticConfig(skip=(1, 2), layers=ALL, skip_path="linear")))
+    batch, options = ragged([2, 3, 2]), {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    whole = model.generate(**batch, **options)
+    assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=1), whole)
+
+
+def test_when_the_rows_that_skip_are_gone_the_others_can_be_reordered() -> None:
+    model, site = routed(skip_path="linear"), Site(1, "attention")
+    with fixed_routes(model, {site: [True, False]}), torch.no_grad():
+        cache = model(input_ids=ids(2, 4)).past_key_values
+        cache.batch_select_indices(torch.tensor([0]))
+        cache.reorder_cache(torch.tensor([0]))
+        assert cache.routes[site] == [True]
+        assert cache.memories.bytes() == 0
+
+
+def test_a_mixed_route_found_in_inference_mode_serves_a_step_with_gradients() -> None:
+    model = routed(skip_path="linear")
+    model.requires_grad_(True)
+    with fixed_routes(model, {site: [True, False] for site in routing_of(model).sites}):
+        with torch.inference_mode():
+            cache = model(input_ids=ids(2, 4)).past_key_values
+        model(input_ids=ids(2, 1), past_key_values=cache)

@@ -211,6 +211,8 @@ class TopPredictor(nn.Module):
 class NoiseRouter(ChoosingRouter):
     """Scores are standard normal noise, whatever the token; nothing to train."""
 
+    probabilistic = False
+
     def __init__(self, capacity: float, weighting: str) -> None:
         super().__init__(capacity, by_threshold=False)
         self.weighting = weighting

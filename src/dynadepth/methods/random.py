@@ -43,6 +43,7 @@ class RandomConfig(DepthConfig):
 class WaveRouter(AbstractRouter):
     """Nothing to train: a fixed random direction `[D]` and a phase, float32, both drawn from `seed`."""
 
+    probabilistic = False
     direction: Tensor
     phase: Tensor
 

@@ -76,7 +76,8 @@ class RoutedModel:
         if not is_disabled(self.depth_routing):
             config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
             config = config or self.generation_config  # type: ignore[attr-defined]  # mixed into a model's class
-            refuse_unroutable(self.depth_routing, lambda name: kwargs.get(name, getattr(config, name, None)))
+            training = self.training  # type: ignore[attr-defined]  # mixed into a model's class
+            refuse_unroutable(self.depth_routing, lambda name: kwargs.get(name, getattr(config, name, None)), training)
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # mixed into a model's class
 
     @wraps(GenerationMixin._assisted_decoding)  # `generate` reads its signature
@@ -137,8 +138,9 @@ class RoutedModel:
         )
 
 
-def refuse_unroutable(routing: Any, option: Any) -> None:
-    """Raises for generation options whose cache cannot hold routed state; `option(name)` looks one up."""
+def refuse_unroutable(routing: Any, option: Any, training: bool) -> None:
+    """Raises for generation options whose cache cannot hold routed state, and for tokens that would compete while they
+    are written; `option(name)` looks one up."""
     implementation = option("cache_implementation")
     if implementation not in (None, "dynamic", "offloaded"):
         raise UnsupportedCacheError(f"cache_implementation={implementation!r} cannot hold routes yet: {WAY_OUT}.")
@@ -146,6 +148,11 @@ def refuse_unroutable(routing: Any, option: Any) -> None:
         raise UnsupportedCacheError(
             "use_cache=False would decide a sequence's route anew at every token, since the route lives in the cache: "
             f"{WAY_OUT}, or route at token granularity."
+        )
+    if option("use_cache") is False and routing.chooses and training:
+        raise ConfigError(
+            "use_cache=False in training mode would let every new token compete with those before it: call "
+            "model.eval() first."
         )
 
 

@@ -51,11 +51,18 @@ class Memories:
             place = {row: i for i, row in enumerate(rows)}
             index = torch.tensor([place[row] for row in order if row in place], dtype=torch.long)
             stay = [j for j, row in enumerate(order) if row in place]
+            if not stay:
+                del self._held[site]
+                continue
             self._held[site] = (stay, memory.map(lambda t, i=index: t.index_select(0, i.to(t.device))))
 
     def reorder(self, order: Tensor) -> None:
-        """`take` where a site holds all rows or none, without asking the device."""
-        for site, (rows, memory) in self._held.items():
+        """`take` where all rows take a site's skip path or none does, without asking the device. What some rows left
+        behind when they saw only padding, and now execute there, is forgotten."""
+        for site, (rows, memory) in list(self._held.items()):
+            if len(rows) != len(order):
+                del self._held[site]
+                continue
             self._held[site] = (rows, memory.map(lambda t: t.index_select(0, order.to(t.device))))
 
     def cropped(self, tokens: int) -> dict[Site, tuple[list[int], Memory]] | None:

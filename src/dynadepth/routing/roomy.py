@@ -65,14 +65,14 @@ class Room:
         self._lent = (keys, values)
 
     def roomy(self, keys: Tensor) -> bool:
-        """Can these new keys go into room? The first ones cannot (a prefill alone needs none), nor what has a
-        gradient."""
+        """Can these new keys go into room? The first ones cannot (a prefill alone needs none), nor any while gradients
+        are recorded: attention keeps the views that it saw for its backward, and they must not change."""
         return (
             self.is_initialized
             and self.keys.numel() > 0
             and self.keys.dtype == keys.dtype
             and self.keys.device == keys.device
-            and not (torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad))
+            and not torch.is_grad_enabled()
         )
 
     def spare_bytes(self) -> int:

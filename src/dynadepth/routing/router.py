@@ -18,7 +18,8 @@ class AbstractRouter(nn.Module, ABC):
     `threshold` (float32 scalar, logit space, saved with the parameters) is what a budget moves; 0 is sigmoid 0.5.
     `constant` is the decision of a router that never looks at its input, known without running it (2: executes twice);
     None otherwise. `windows`: into how many vectors a prompt is pooled for it (`windows.pool_windows`). `repeats`: it
-    has logits of three actions (skip, execute, repeat), and for thresholds the better of the latter two less the first.
+    has logits of three actions (skip, execute, repeat), and for thresholds the better of the latter two less the first;
+    minus infinity, the budget of 1, repeats nothing. `probabilistic`: sigmoid(logit) is a probability of executing.
     `weighs`: what executes has a weight that the router gives (`judge`), so that it is always asked. `asked` is False
     while a budget of 1 lets everything execute, which inference knows without running it.
     """
@@ -27,6 +28,7 @@ class AbstractRouter(nn.Module, ABC):
     constant: int | None = None
     windows: int = 1
     repeats: bool = False
+    probabilistic: bool = True
     asked: bool = True
     weighs: bool = False
 
@@ -55,7 +57,7 @@ class AbstractRouter(nn.Module, ABC):
         repeat = None
         if self.repeats:
             skip, once, twice = logits.unbind(-1)
-            logits, repeat = torch.maximum(once, twice) - skip, twice > once
+            logits, repeat = torch.maximum(once, twice) - skip, (twice > once) & (self.threshold > float("-inf"))
         execute = logits >= self.threshold
         gate = self.gate(logits, execute) if with_gate else None
         return RoutingDecision(execute, logits, gate, weight, repeat=None if repeat is None else execute & repeat)

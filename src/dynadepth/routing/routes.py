@@ -60,7 +60,7 @@ class RouteBook:
         if rows is None or (isinstance(rows, Tensor) and rows.device != device):
             chosen = [i for i, count in enumerate(self.routes[site]) if count >= times]
             whole = len(chosen) in (0, len(self.decided))
-            rows = bool(chosen) if whole else torch.tensor(chosen, device=device)
+            rows = bool(chosen) if whole else _index(chosen, device)
             self._index[site, times] = rows
         return rows
 
@@ -69,7 +69,7 @@ class RouteBook:
         held = self._skipping.get(site)
         if held is None or held[1].device != device:
             rows = [i for i, on in enumerate(self.routes[site]) if not on]
-            held = self._skipping[site] = (rows, torch.tensor(rows, device=device))
+            held = self._skipping[site] = (rows, _index(rows, device))
         return held
 
     @property
@@ -98,3 +98,9 @@ class RouteBook:
         self._index.clear()
         self._skipping.clear()
         self._whole = None
+
+
+def _index(rows: list[int], device: torch.device) -> Tensor:
+    """An index that outlives the forward: an ordinary tensor, even where that one ran in inference mode."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.long, device=device)
