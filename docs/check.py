@@ -1,7 +1,8 @@
 """Checks the documents against the checkout: `make docs-check`.
 
-Links and backticked paths lead somewhere, the tree in README.md lists what is there, Python blocks compile, and every
-verb, option and make target in a shell block exists. Findings are printed as `file:line: what`; exit code 1 if any.
+Every Markdown file that git tracks, or would. Links, their anchors and backticked paths lead somewhere, the tree in
+README.md lists what is there and leaves no module out, Python blocks compile, and every verb, option and make target in
+a shell block exists. Findings are printed as `file:line: what`; exit code 1 if any.
 """
 
 import doctest
@@ -25,6 +26,7 @@ FENCE = re.compile(r"^\s*(```+)\s*(\S*)")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)+/?|[\w.-]+\.(?:md|toml|txt|ya?ml)")
+HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*")
 OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 
 
@@ -64,12 +66,32 @@ def exists(path: str, *bases: Path) -> bool:
     return any(any(base.glob(path.rstrip("/"))) if "*" in path else (base / path).exists() for base in bases)
 
 
-def check_prose(prose: list[tuple[int, str]], folder: Path) -> Iterator[tuple[int, str]]:
+@cache
+def anchors(path: Path) -> frozenset[str]:
+    """What a link into this document may name: its headings, as GitHub writes them; equal ones are numbered."""
+    found: dict[str, int] = {}
+    names = set()
+    for _, line in split(path.read_text(encoding="utf-8"))[0]:
+        if heading := HEADING.fullmatch(line):
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).lower()
+            name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+            names.add(f"{name}-{found[name]}" if name in found else name)
+            found[name] = found.get(name, 0) + 1
+    return frozenset(names)
+
+
+def check_prose(prose: list[tuple[int, str]], document: Path) -> Iterator[tuple[int, str]]:
+    folder = document.parent
     for number, line in prose:
         for target in LINK.findall(CODE_SPAN.sub("", line)):
-            path = target.partition("#")[0]
-            if path and not re.match(r"[a-z]+:", target) and not exists(path, folder):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            led = folder / path if path else document
+            if not led.exists():
                 yield number, f"the link leads nowhere: {target}"
+            elif anchor and led.suffix == ".md" and anchor not in anchors(led):
+                yield number, f"the link names no heading there: {target}"
         for span in CODE_SPAN.findall(line):
             path = re.split(r"::|#|:\d", span)[0]
             if not PATH.fullmatch(path) or path.split("/")[0] in NOT_KEPT:
@@ -81,17 +103,29 @@ def check_prose(prose: list[tuple[int, str]], folder: Path) -> Iterator[tuple[in
 
 
 def check_tree(block: Block) -> Iterator[tuple[int, str]]:
-    """A block whose first line is a folder of ours is a tree: one path a line, indented, then what it is for."""
+    """A block whose first line is a folder of ours is a tree: one path a line, indented, then what it is for.
+
+    A folder of the package that has lines below it names all its modules and folders there.
+    """
     parents: list[tuple[int, Path]] = []
+    listed: dict[Path, tuple[int, set[str]]] = {}
     for number, line in enumerate(block.text.splitlines(), block.line):
-        found = re.match(r"([\s│├└─]*)([\w.*-]+(?:/[\w.*-]+)*/?)(?=\s{2,}|\s+#|\s*$)", line)
+        found = re.match(r"([\s│├└─]*)([\w.*-]+(?:/[\w.*-]+)*/?)(?=\s{2,}|\s+#|\s*$|(?<=\.py)\s)", line)
         if found:
             indent = len(found[1])
             parents = [(depth, path) for depth, path in parents if depth < indent]
             base = parents[-1][1] if parents else ROOT
             if not exists(found[2], base):
                 yield number, f"the tree lists what is not there: {(base / found[2]).relative_to(ROOT)}"
+            elif base.is_relative_to(PACKAGE):
+                listed[base][1].add(found[2].rstrip("/"))
             parents.append((indent, base / found[2]))
+            listed[base / found[2]] = (number, set())
+    for folder, (number, names) in listed.items():
+        kept = {path.name for path in folder.glob("*.py") if not path.name.startswith("__")}
+        kept |= {path.parent.name for path in folder.glob("*/__init__.py")}
+        if names:
+            yield from ((number, f"the tree leaves out {(folder / n).relative_to(ROOT)}") for n in sorted(kept - names))
 
 
 def check_python(block: Block) -> Iterator[tuple[int, str]]:
@@ -156,7 +190,7 @@ def check_shell(block: Block) -> Iterator[tuple[int, str]]:
 
 def check_document(path: Path) -> Iterator[tuple[int, str]]:
     prose, blocks = split(path.read_text(encoding="utf-8"))
-    yield from check_prose(prose, path.parent)
+    yield from check_prose(prose, path)
     for block in blocks:
         first = block.text.split(maxsplit=1)[:1]
         if block.language == "unclosed":
@@ -169,9 +203,18 @@ def check_document(path: Path) -> Iterator[tuple[int, str]]:
             yield from check_tree(block)
 
 
+def tracked() -> list[Path]:
+    """Markdown files that git tracks, or would, and those that must be there."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"git tells which documents there are, and failed: {done.stderr.strip()}")
+    names = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "PAPERS.md", *done.stdout.splitlines()}
+    return [ROOT / name for name in sorted(names)]
+
+
 def main() -> int:
-    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "PAPERS.md")]
-    documents += sorted((ROOT / "docs").rglob("*.md"))
+    documents = tracked()
     problems = 0
     for path in documents:
         name = path.relative_to(ROOT)
