@@ -67,8 +67,9 @@ def bench(
         batches, contexts = options.parse_counts(batch, "--batch"), options.parse_counts(context, "--context")
         options.check_at_least_one(new_tokens, "--new-tokens")
         options.check_at_least_one(repeats, "--repeats")
-        options.check_output_file(json_file)
-        options.check_output_file(figure)
+        read = {"--routers": options.saved_routers(routers)}
+        options.check_output_file(json_file, read)
+        options.check_output_file(figure, read if json_file is None else {**read, "--json": [json_file]}, "--figure")
         if seconds is not None and not seconds > 0:
             raise ConfigError(f"--seconds must be more than 0, not {seconds:g}.")
         if resume and json_file is None:

@@ -51,7 +51,13 @@ def evaluate(
         share, names, files = options.parse_budget(budget), options.parse_names(tasks), perplexity or []
         options.check_at_least_one(limit, "--limit")
         options.check_at_least_one(max_windows, "--max-windows")
-        options.check_output_file(json_file)
+        from dynadepth.evaluation.files import with_window
+
+        tables = [] if task_data is None else [*task_data.glob("*.jsonl"), *task_data.glob("*.jsonl.gz")]
+        texts = [with_window(file)[0] for file in files]
+        options.check_output_file(
+            json_file, {"--perplexity": texts, "--task-data": tables, "--routers": options.saved_routers(routers)}
+        )
         loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.evaluation import evaluate as score
         from dynadepth.report.stamp import stamp

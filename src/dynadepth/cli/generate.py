@@ -39,7 +39,8 @@ def generate(
     with reporting("nothing was written."):
         share = options.parse_budget(budget)
         options.check_at_least_one(max_new_tokens, "--max-new-tokens")
-        options.check_output_file(json_file)
+        read = {"--prompts": [prompts] if prompts else [], "--routers": options.saved_routers(routers)}
+        options.check_output_file(json_file, read)
         if bool(prompt) == bool(prompts):
             raise ConfigError("Give either --prompt TEXT (it may be repeated) or --prompts FILE.")
         from dynadepth.report.samples import answers, read_prompts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -110,16 +111,36 @@ def check_at_least_one(value: int | None, option: str) -> None:
         raise ConfigError(f"{option} must be at least 1, not {value}.")
 
 
-def check_output_file(path: Path | None) -> None:
-    """Raises `ConfigError` where a result could not be written later: better now than after an hour."""
+def check_output_file(
+    path: Path | None, others: Mapping[str, Sequence[Path]] | None = None, option: str = "--json"
+) -> None:
+    """Raises `ConfigError` where a result could not be written later: better now than after an hour.
+
+    `others`: files of the other options, which `path` must not replace; `option`: the one that names `path`.
+    """
     if path is None:
         return
+    for other, files in (others or {}).items():
+        if any(_same_file(path, file) for file in files):
+            raise ConfigError(f"{option} {path} would replace a file of {other}: give another name.")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give the name of a file.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{path} cannot be written: permission denied.")
+
+
+def _same_file(one: Path, two: Path) -> bool:
+    """By whatever name, links included; of a file that is not there yet, by its place."""
+    if one.exists() and two.exists():
+        return one.samefile(two)
+    return one.resolve() == two.resolve()
+
+
+def saved_routers(folder: Path | None) -> list[Path]:
+    """The files that make a folder one of saved routers."""
+    return [] if folder is None else [folder / "routing_config.json", *folder.glob("*.safetensors")]
 
 
 def check_output_folder(path: Path) -> None:

@@ -80,8 +80,8 @@ def search(
             (simulations, "--simulations"), (limit, "--limit"), (workers, "--workers"),
         ):  # fmt: skip
             options.check_at_least_one(value, option)
-        options.check_output_file(out_file)
-        options.check_output_file(json_file)
+        options.check_output_file(out_file, {"--data": data}, "--out")
+        options.check_output_file(json_file, {"--data": data, "--out": [out_file]})
         if not out_file.name.endswith((".jsonl", ".jsonl.gz")):
             raise ConfigError(f"--out {out_file} must end in .jsonl or .jsonl.gz.")
         if out_file.exists() and out_file.stat().st_size and not resume:

@@ -1,0 +1,30 @@
+"""No file that an option names is replaced by the results of another."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "kept"),
+    [
+        (("search", "m", "--data", "D/a.jsonl", "--out", "D/r.jsonl", "--json", "D/r.jsonl"), "--out", None),
+        (("search", "m", "--data", "D/a.jsonl", "--out", "D/r.jsonl", "--json", "D/a.jsonl"), "--data", "a.jsonl"),
+        (("search", "m", "--data", "D/a.jsonl", "--out", "D/a.jsonl", "--resume"), "--data", "a.jsonl"),
+        (("search", "m", "--data", "D/a.jsonl", "--out", "D/linked.jsonl", "--resume"), "--data", "linked.jsonl"),
+        (("eval", "m", "--perplexity", "D/book.txt", "--json", "D/book.txt"), "--perplexity", "book.txt"),
+        (("eval", "m", "--perplexity", "D/book.txt@4096", "--json", "D/book.txt"), "--perplexity", "book.txt"),
+        (("eval", "m", "--tasks", "a", "--task-data", "D", "--json", "D/a.jsonl"), "--task-data", "a.jsonl"),
+        (("eval", "m", "--routers", "D", "--json", "D/routing_config.json"), "--routers", "routing_config.json"),
+        (("generate", "m", "--prompts", "D/book.txt", "--json", "D/book.txt"), "--prompts", "book.txt"),
+        (("bench", "m", "--compare", "static", "--json", "D/new.svg", "--figure", "D/new.svg"), "--json", None),
+    ],
+)
+def test_results_replace_no_file_of_another_option(refused, tmp_path, words, option, kept):
+    for name in ("a.jsonl", "book.txt", "routing_config.json"):
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "a.jsonl")
+    sentence = refused(*(str(tmp_path) if word == "D" else word.replace("D/", f"{tmp_path}/") for word in words))
+    assert f"would replace a file of {option}: give another name" in sentence
+    if kept:
+        assert (tmp_path / kept).read_text(encoding="utf-8") == "mine"
