@@ -153,6 +153,24 @@ def test_tuning_options_are_checked_before_the_model(refused, tmp_path, options,
     assert named in refused("tune", "no/such-model", "--out", tmp_path / "out", *options)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**23])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tune", "no/such-model", "--data", "x.jsonl"),
+        ("tune", "no/such-model", "--routes", "x.jsonl"),
+        ("search", "no/such-model", "--data", "x.jsonl"),
+        ("frontier", "no/such-model"),
+        ("demo",),
+    ],
+)
+def test_seeds_are_checked_before_anything_is_loaded(refused, tmp_path, words, seed):
+    out = tmp_path / ("out.jsonl" if words[0] == "search" else "out")
+    sentence = refused(*words, "--out", out, "--seed", seed)
+    assert f"--seed must be a whole number from 0 to 4294967295, not {seed}." in sentence
+    assert not out.exists()
+
+
 def test_output_that_cannot_be_written_is_said_first(refused, model_folder, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")

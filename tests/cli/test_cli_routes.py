@@ -108,4 +108,4 @@ def test_controls_that_cannot_be(refused, model_folder, tuned):
     assert "--control 0.5 needs --routers" in refused(*common)
     assert "give one of them" in refused(*common, "--routers", tuned[0], "--budget", "0.5")
     wrong = refused("generate", model_folder, "--prompt", "why", "--routers", tuned[0], "--control", "2")
-    assert "between -1 and 1, not 2" in wrong
+    assert "--control must be between -1 and 1, not 2" in wrong

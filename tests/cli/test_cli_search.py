@@ -49,9 +49,12 @@ def test_bad_input(refused, model_folder, data, tmp_path):
         return refused("search", model_folder, "--data", data, "--out", out, *words)
 
     assert "no route can meet the budget 0.1" in sentence("--budget", 0.1)
-    assert "budget must be above 0" in sentence("--budget", 3)
-    assert "simulations must be at least 1" in sentence("--simulations", 0).replace("--", "")
-    assert "max_consecutive_skips must be at least 0" in sentence("--max-consecutive-skips", -1)
+    assert "--budget must be above 0 and at most 2" in sentence("--budget", 3)
+    assert "--simulations must be at least 1" in sentence("--simulations", 0)
+    assert "--max-consecutive-skips must be at least 0" in sentence("--max-consecutive-skips", -1)
+    assert "--repeats must be at least 0" in sentence("--repeats", -1)
+    for margin in ("inf", "nan", "-1"):
+        assert f"--margin must be a number of nats from 0, not {margin}" in sentence("--margin", margin)
     assert "--workers must be at least 1" in sentence("--workers", 0)
     assert "must end in .jsonl" in sentence(out=tmp_path / "routes.txt")
     assert "no folder" in sentence(out=tmp_path / "none" / "routes.jsonl")

@@ -59,6 +59,8 @@ def test_numbers_with_exponents_are_numbers(tmp_path):
         ),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"batch_size": 6, "gradient_accumulation": 4}, "batch_size 6 is no multiple of gradient_accumulation 4"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
+        ({"seed": 2**32}, "seed must be a whole number from 0 to 4294967295"),
         ({"flops": 0.0}, r"flops must be a number above 0, not 0\.0"),
         ({"holdout": 1.0}, r"holdout must be at least 0 and below 1, not 1\.0"),
         ({"start": "x"}, "start 'x' gives the model's shape: leave model out"),

@@ -234,3 +234,9 @@ def test_data_that_cannot_be_searched(tokenizer, tmp_path, arc):
     assert [question.id for question in kept] == ["1"]
     assert "the first is 2, " in remarks[0]
     assert [question.id for question in load_questions([arc(6)], tokenizer, limit=2)[0]] == ["q0", "q1"]
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("inf"), float("nan")])
+def test_margins_are_numbers(margin):
+    with pytest.raises(ConfigError, match=f"margin must be a number of nats from 0, not {margin}"):
+        SearchSettings(margin=margin)

@@ -65,8 +65,8 @@ def bench(
     with reporting(interrupted):
         share = options.parse_budget(budget)
         batches, contexts = options.parse_counts(batch, "--batch"), options.parse_counts(context, "--context")
-        options.check_at_least_one(new_tokens, "--new-tokens")
-        options.check_at_least_one(repeats, "--repeats")
+        options.check_at_least(new_tokens, "--new-tokens")
+        options.check_at_least(repeats, "--repeats")
         read = {"--routers": options.saved_routers(routers)}
         options.check_output_file(json_file, read)
         options.check_output_file(figure, read if json_file is None else {**read, "--json": [json_file]}, "--figure")

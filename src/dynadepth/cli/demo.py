@@ -23,6 +23,7 @@ def demo(
     """Tune routers for a small model and show what is gained and what is lost, in about ten minutes on two cores."""
     left = f"what was finished is kept in {out_dir}; the same command goes on from there."
     with reporting(left):
+        options.check_seed(seed)
         options.check_output_folder(out_dir)
         with progress("starting") as tell:
             quiet_libraries()

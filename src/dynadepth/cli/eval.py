@@ -49,8 +49,8 @@ def evaluate(
     """Score a model: tasks, perplexity on text files, and how far routing moves it from its dense self."""
     with reporting("nothing was written."):
         share, names, files = options.parse_budget(budget), options.parse_names(tasks), perplexity or []
-        options.check_at_least_one(limit, "--limit")
-        options.check_at_least_one(max_windows, "--max-windows")
+        options.check_at_least(limit, "--limit")
+        options.check_at_least(max_windows, "--max-windows")
         from dynadepth.evaluation.files import with_window
 
         tables = [] if task_data is None else [*task_data.glob("*.jsonl"), *task_data.glob("*.jsonl.gz")]

@@ -68,7 +68,8 @@ def frontier(
         for value, option in (
             (max_windows, "--max-windows"), (limit, "--limit"), (max_samples, "--max-samples"), (context, "--context"),
         ):  # fmt: skip
-            options.check_at_least_one(value, option)
+            options.check_at_least(value, option)
+        options.check_seed(seed)
         options.check_output_folder(out_dir)
         from dynadepth.frontier.rows import ROWS, chosen
         from dynadepth.frontier.run import Teller, run_frontier

@@ -38,7 +38,7 @@ def generate(
     """Answer prompts, greedily, all of them as one batch."""
     with reporting("nothing was written."):
         share = options.parse_budget(budget)
-        options.check_at_least_one(max_new_tokens, "--max-new-tokens")
+        options.check_at_least(max_new_tokens, "--max-new-tokens")
         read = {"--prompts": [prompts] if prompts else [], "--routers": options.saved_routers(routers)}
         options.check_output_file(json_file, read)
         if bool(prompt) == bool(prompts):

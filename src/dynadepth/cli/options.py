@@ -105,10 +105,16 @@ def parse_names(texts: list[str] | None) -> list[str]:
     return list(dict.fromkeys(name.strip() for text in texts or [] for name in text.split(",") if name.strip()))
 
 
-def check_at_least_one(value: int | None, option: str) -> None:
-    """Raises `ConfigError` below 1."""
-    if value is not None and value < 1:
-        raise ConfigError(f"{option} must be at least 1, not {value}.")
+def check_at_least(value: int | None, option: str, least: int = 1) -> None:
+    """Raises `ConfigError` below `least`."""
+    if value is not None and value < least:
+        raise ConfigError(f"{option} must be at least {least}, not {value}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `ConfigError` for what random number generators do not take."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed must be a whole number from 0 to {2**32 - 1}, not {seed}.")
 
 
 def check_output_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from dynadepth.cli.session import (
     table,
     write_json,
 )
-from dynadepth.errors import ConfigError
+from dynadepth.errors import BudgetError, ConfigError
 
 
 def search(
@@ -79,7 +80,12 @@ def search(
         for value, option in (
             (simulations, "--simulations"), (limit, "--limit"), (workers, "--workers"),
         ):  # fmt: skip
-            options.check_at_least_one(value, option)
+            options.check_at_least(value, option)
+        options.check_at_least(max_consecutive_skips, "--max-consecutive-skips", 0)
+        options.check_at_least(repeats, "--repeats", 0)
+        if not 0 <= margin < math.inf:
+            raise ConfigError(f"--margin must be a number of nats from 0, not {margin:g}.")
+        options.check_seed(seed)
         options.check_output_file(out_file, {"--data": data}, "--out")
         options.check_output_file(json_file, {"--data": data, "--out": [out_file]})
         if not out_file.name.endswith((".jsonl", ".jsonl.gz")):
@@ -91,6 +97,11 @@ def search(
         from dynadepth.search.searcher import SearchSettings
         from dynadepth.search.tree import TreeSettings
 
+        if budget is not None and not 0 < budget <= TreeSettings.max_path:
+            raise BudgetError(
+                f"--budget must be above 0 and at most {TreeSettings.max_path:g} (layers run, of the model's), not "
+                f"{budget:g}."
+            )
         settings = SearchSettings(
             TreeSettings(simulations=simulations, max_consecutive_skips=max_consecutive_skips, repeats=repeats),
             margin=margin,

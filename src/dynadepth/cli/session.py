@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynadepth.cli.options import Speed
-from dynadepth.errors import ConfigError, DynadepthError
+from dynadepth.errors import BudgetError, ConfigError, DynadepthError
 from dynadepth.provenance import finite
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def open_model(
     """
     if budget is not None and routers is None:
         raise ConfigError(f"--budget {budget} needs --routers: a model without routers executes everything.")
+    if control is not None and not -1 <= control <= 1:
+        raise BudgetError(f"--control must be between -1 and 1, not {control:g}.")
     if control is not None and routers is None:
         raise ConfigError(f"--control {control} needs --routers: a model without routers executes everything.")
     if control is not None and budget is not None:

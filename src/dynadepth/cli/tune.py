@@ -94,8 +94,9 @@ def tune(
 
     with reporting(interrupted):
         share = options.parse_budget(budget)
-        options.check_at_least_one(max_samples, "--max-samples")
-        options.check_at_least_one(lora, "--lora")
+        options.check_at_least(max_samples, "--max-samples")
+        options.check_at_least(lora, "--lora")
+        options.check_seed(seed)
         options.check_output_folder(out_dir)
         from dynadepth.tuning.recipe import DEFAULT, load_recipe
 

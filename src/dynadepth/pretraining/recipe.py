@@ -69,7 +69,9 @@ class PretrainRecipe:
         names = ("batch_size", "gradient_accumulation", "evaluations", "validation_tokens")
         at_least(self, 1, names)
         at_least(self, 2, ("sequence_length",))
-        at_least(self, 0, ("weight_decay", "gradient_clip", "checkpoints", "seed"))
+        at_least(self, 0, ("weight_decay", "gradient_clip", "checkpoints"))
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be a whole number from 0 to {2**32 - 1}, not {self.seed}.")
         if self.tokenizer == BPE and self.vocab_size < 258:
             raise ConfigError(f"vocab_size must be at least 258 (all bytes, the end of a text, one merge), not "
                               f"{self.vocab_size}; or set tokenizer to bytes.")  # fmt: skip

@@ -8,6 +8,7 @@ four answers often.)
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,8 +46,8 @@ class SearchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.margin >= 0:
-            raise ConfigError(f"margin must be at least 0 nats, not {self.margin}.")
+        if not 0 <= self.margin < math.inf:
+            raise ConfigError(f"margin must be a number of nats from 0, not {self.margin}.")
         if self.budget is not None and not 0 < self.budget <= self.tree.max_path:
             raise BudgetError(
                 f"budget must be above 0 and at most {self.tree.max_path:g} (layers run, of the model's), not "
