@@ -205,6 +205,12 @@ def test_counts(refused, counts):
     assert "--context" in refused("bench", "no/such-model", f"--context={counts}")
 
 
+@pytest.mark.parametrize("words", [("eval", "--tasks"), ("frontier", "--methods"), ("frontier", "--tasks")])
+def test_lists_that_name_nothing(refused, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert f"{words[1]} ',' names nothing" in refused(words[0], "no/such-model", words[1], ",")
+
+
 def test_unknown_dtype(refused, model_folder):
     assert "'float31'" in refused("generate", model_folder, "--dtype", "float31", "--prompt", "why")
 

@@ -72,6 +72,26 @@ def test_refusals(refused, model_folder, tmp_path):
     assert "holds no cells" in refused(*words, "--resume")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--compare", "mixed"), "mixed@0.5 needs a --batch of 2 or more, not 1"),
+        (("--compare", "static,mixed@0.25", "--figure", "a.svg"), "mixed@0.25 needs a --batch of 2 or more"),
+        (("--compare", ""), "--compare '' names nothing"),
+        (("--compare", ","), "--compare ',' names nothing"),
+        (("--compare", "static", "--skip-path", "cubic"), "skip path 'cubic'"),
+        (("--compare", "sequence@2"), "sequence@2 has a keep ratio outside 0 to 1: write sequence@0.75"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_the_model_is_loaded(refused, words, message):
+    assert message in refused("bench", "no/such-model", *words)
+
+
+def test_what_one_row_cannot_show_is_said(run):
+    result = run("bench", "no/such-model", "--compare", "static,mixed", "--batch", "1,2")
+    assert "mixed@0.5 is left out at a batch of 1" in result.stderr
+
+
 @pytest.mark.parametrize("seconds", ["1e-9", "60"])
 def test_two_rounds_run_however_long_they_take(answered, model_folder, seconds):
     document, _ = answered(

@@ -30,6 +30,7 @@ from dynadepth.methods import MindSkipConfig, StaticConfig
 from dynadepth.model import attach
 from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
+from dynadepth.routing.skip_path import skip_path_named
 
 KINDS = ("static", "sequence", "mixed", "token-project", "token-drop")
 KEEP = 0.5
@@ -52,7 +53,8 @@ class Variant:
                 f"{', '.join(KINDS)}, each alone or with a keep ratio, such as sequence@0.75."
             )
         if not 0 <= self.keep <= 1:
-            raise ConfigError(f"{self} has a keep ratio outside 0 to 1.")
+            raise ConfigError(f"{self} has a keep ratio outside 0 to 1: write {self.kind}@0.75, for example.")
+        skip_path_named(self.skip_path)
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.keep:g}"

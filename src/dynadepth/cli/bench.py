@@ -84,7 +84,13 @@ def bench(
         check_figure(figure)
         from dynadepth.benchmark.variants import Variant
 
-        compared = [Variant.parse(name, skip_path) for name in options.parse_names([compare] if compare else [])]
+        names = options.parse_names(None if compare is None else [compare], "--compare")
+        compared = [Variant.parse(name, skip_path) for name in names]
+        by_row = ", ".join(str(variant) for variant in compared if variant.by_row)
+        if by_row and max(batches) < 2:
+            raise ConfigError(f"{by_row} needs a --batch of 2 or more, not {batch}: one row cannot be mixed.")
+        if by_row and min(batches) < 2:
+            say(f"{by_row} is left out at a batch of 1: one row cannot be mixed.", "yellow", "note: ")
         loaded, tokenizer = open_model(model, routers, share, dtype, control)
         from dynadepth.benchmark import cut_prompts, grid
         from dynadepth.benchmark.growth import slopes

@@ -48,7 +48,7 @@ def evaluate(
 ) -> None:
     """Score a model: tasks, perplexity on text files, and how far routing moves it from its dense self."""
     with reporting("nothing was written."):
-        share, names, files = options.parse_budget(budget), options.parse_names(tasks), perplexity or []
+        share, names, files = options.parse_budget(budget), options.parse_names(tasks, "--tasks"), perplexity or []
         options.check_at_least(limit, "--limit")
         options.check_at_least(max_windows, "--max-windows")
         from dynadepth.evaluation.files import with_window

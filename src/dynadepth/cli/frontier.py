@@ -81,7 +81,7 @@ def frontier(
         known = [row.name for row in ROWS]
         common, single = parse_data(data or [], known)
         every = [row.name for row in ROWS if row.needs is None or row.needs in single]
-        names = options.parse_names(methods) or every
+        names = options.parse_names(methods, "--methods") or every
         chosen(names)
         settings = Settings(
             model=model,
@@ -89,7 +89,7 @@ def frontier(
             budgets=parse_budgets(budgets),
             perplexity=tuple(perplexity or [_help_text(out_dir, seed)]),
             max_windows=max_windows if perplexity or max_windows else 16,
-            tasks=tuple(options.parse_names(tasks)),
+            tasks=tuple(options.parse_names(tasks, "--tasks")),
             task_data=None if task_data is None else str(task_data),
             limit=limit,
             data=common,

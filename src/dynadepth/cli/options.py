@@ -100,9 +100,13 @@ def parse_counts(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(counts))
 
 
-def parse_names(texts: list[str] | None) -> list[str]:
-    """The names in `["a,b", "c"]`, each once."""
-    return list(dict.fromkeys(name.strip() for text in texts or [] for name in text.split(",") if name.strip()))
+def parse_names(texts: list[str] | None, option: str) -> list[str]:
+    """The names in `["a,b", "c"]`, each once; none where the option was not given. Raises `ConfigError` where it names
+    nothing."""
+    names = list(dict.fromkeys(name.strip() for text in texts or [] for name in text.split(",") if name.strip()))
+    if texts and not names:
+        raise ConfigError(f"{option} {','.join(texts)!r} names nothing: give one name or more, or leave it out.")
+    return names
 
 
 def check_at_least(value: int | None, option: str, least: int = 1) -> None:
