@@ -12,7 +12,9 @@ import transformers
 from torch import nn
 
 from dynadepth import (
+    DrLLMConfig,
     MindSkipConfig,
+    MoDConfig,
     Site,
     StaticConfig,
     attach,
@@ -236,6 +238,12 @@ def test_budgets_that_cannot_be_set() -> None:
         set_budget(model, mlp=0.75)
     with pytest.raises(BudgetError, match=r"no calibration.*tune them, or call"):
         set_budget(model, attention=0.75)
+    for config, way_out in (
+        (MoDConfig(), r"trained with the model, and get none; call dynadepth\.budget\.calibrate"),
+        (DrLLMConfig(), r"trained apart.* shift their own choice with --control P, or dynadepth\.set_control"),
+    ):
+        with pytest.raises(BudgetError, match=way_out):
+            set_budget(attach(bare(), config), block=0.75)
     with pytest.raises(BudgetError, match="static route"):
         set_budget(attach(bare(), StaticConfig(skip=(1,))), attention=1.0)
     assert routing_of(model).budget is None

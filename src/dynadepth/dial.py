@@ -87,11 +87,22 @@ def check_adjustable(routing: Routing) -> None:
 def calibration_of(routing: Routing, asked: str) -> Calibration:
     """The routers' calibration; BudgetError where they have none, so that what is `asked` for cannot be set."""
     if routing.calibration is None:
-        raise BudgetError(
-            f"These routers have no calibration, so {asked} cannot be set: tune them, or call "
-            "dynadepth.budget.calibrate(model, batches)."
-        )
+        raise BudgetError(f"These routers have no calibration, so {asked} cannot be set: {_way_out(routing)}.")
     return routing.calibration
+
+
+def _way_out(routing: Routing) -> str:
+    """What can be done about routers without calibration: none but tuning by `tune` measures one."""
+    name, config = routing.config.name, routing.config
+    if config.from_routes:
+        return (
+            f"routers of method {name!r} are trained apart, and no threshold fits all; shift their own choice with "
+            "--control P, or dynadepth.set_control"
+        )
+    calibrate = "dynadepth.budget.calibrate(model, batches)"
+    if config.trains_base:
+        return f"routers of method {name!r} are trained with the model, and get none; call {calibrate}"
+    return f"tune them, or call {calibrate}"
 
 
 def check_budget(budget: float, routing: Routing) -> float:
