@@ -92,7 +92,14 @@ def test_the_bench_has_the_repeated_block_twice(answered, model_folder, tuned):
         (("--method", "drllm"), "learns from searched routes"),
         (("--recipe", "drllm-paper"), "tune it with --routes FILE"),
         (("--routes", "ROUTES", "--method", "mindskip"), "'mindskip'"),
-        (("--routes", "ROUTES", "--recipe", "default"), "unknown setting"),
+        (
+            ("--routes", "ROUTES", "--method", "static"),
+            "'static' does not learn from routes: leave --routes out",
+        ),
+        (("--routes", "ROUTES", "--method", "mod"), "Method 'mod' does not learn from routes"),
+        (("--routes", "ROUTES", "--method", "auto"), "--method auto chooses between methods"),
+        (("--routes", "ROUTES", "--method", "drlm"), "Unknown method 'drlm'"),
+        (("--routes", "ROUTES", "--recipe", "default"), "method 'mindskip' does not learn from routes: leave --routes"),
         (("--routes", "ROUTES", "--budget", "0.5"), "--budget cannot be set together with --routes"),
         (("--routes", "ROUTES", "--lora", "4"), "--lora cannot be set together"),
         (("--routes", "nothing.jsonl.gz"), "no file of routes"),
@@ -101,6 +108,13 @@ def test_the_bench_has_the_repeated_block_twice(answered, model_folder, tuned):
 def test_what_does_not_go_together(refused, model_folder, routes_file, tmp_path, words, message):
     given = [str(routes_file) if word == "ROUTES" else word for word in words]
     assert message in refused("tune", model_folder, "--out", tmp_path / "out", *given)
+
+
+@pytest.mark.parametrize("budget", ["0.5", "1.2x"])
+def test_budgets_of_routers_without_thresholds_in_common(refused, model_folder, tuned, budget):
+    sentence = refused("generate", model_folder, "--prompt", "why", "--routers", tuned[0], "--budget", budget)
+    assert "shift their own choice with --control P" in sentence
+    assert "tune them" not in sentence
 
 
 def test_controls_that_cannot_be(refused, model_folder, tuned):

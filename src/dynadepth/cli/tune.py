@@ -83,7 +83,10 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")] = 0,
 ) -> None:
-    """Tune routers, or a static route, for a frozen model and save them, ready for every budget."""
+    """Tune routers, or a static route, for a frozen model and save them, ready for every budget.
+
+    Routers tuned from --routes have no budgets: `--control` shifts what they choose.
+    """
 
     def interrupted() -> str:
         if routes is not None:
@@ -204,11 +207,15 @@ def _from_routes(
     seed: int,
     others: Mapping[str, object],
 ) -> None:
-    from dynadepth.tuning.route_recipe import DEFAULT, load_route_recipe
+    from dynadepth.tuning.route_recipe import DEFAULT, check_learns_from_routes, load_route_recipe
 
     idle = [name for name, value in others.items() if value is not None]
     if idle:
         raise ConfigError(f"{', '.join(idle)} cannot be set together with --routes, which say what every layer does.")
+    if method == "auto":
+        raise ConfigError("--method auto chooses between methods that do not learn from routes: leave --routes out.")
+    if method is not None:
+        check_learns_from_routes(method)
     settings = load_route_recipe(recipe or DEFAULT)
     if method is not None:
         settings = replace(settings, method={**settings.method, "method": method})

@@ -31,12 +31,13 @@ def subclasses(base: type[T]) -> list[type[T]]:
     return found
 
 
-def named_subclass(base: type[T], name: str, package: str) -> type[T]:
-    """The subclass of `base` whose `name` is `name`, after importing the modules of `package`."""
+def named_subclass(base: type[T], name: str, package: str, kind: str | None = None) -> type[T]:
+    """The subclass of `base` whose `name` is `name`, after importing the modules of `package`; `kind`: what the error
+    for an unknown one calls it (None: as the class is called)."""
     import_modules(package)
     known = {child.name: child for child in subclasses(base) if "name" in vars(child)}  # type: ignore[attr-defined]
     if name not in known:
-        kind = " ".join(re.findall("[A-Z][a-z]*", base.__name__.removeprefix("Abstract"))).lower()
+        kind = kind or " ".join(re.findall("[A-Z][a-z]*", base.__name__.removeprefix("Abstract"))).lower()
         raise ConfigError(
             f"Unknown {kind} {name!r}; known: {', '.join(sorted(known))}.{did_you_mean(str(name), known)}"
         )

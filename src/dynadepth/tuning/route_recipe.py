@@ -10,6 +10,7 @@ from typing import Any
 
 from dynadepth.errors import ConfigError
 from dynadepth.methods import DepthConfig, config_from_dict
+from dynadepth.methods.config import method_named
 from dynadepth.recipe_files import checked, read_recipe
 
 DEFAULT = "drllm-paper"
@@ -66,19 +67,29 @@ class RouteRecipe:
 
     def config(self) -> DepthConfig:
         """The method's configuration; ConfigError for a method whose routers do not learn from routes."""
-        config = config_from_dict(self.method)
-        if not config.from_routes:
-            raise ConfigError(
-                f"Method {config.name!r} does not learn from routes: leave --routes out, or name a method that does, "
-                "such as drllm."
-            )
-        return config
+        check_learns_from_routes(str(self.method.get("method", "")))
+        return config_from_dict(self.method)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
+def check_learns_from_routes(method: str) -> None:
+    """Raises ConfigError for an unknown method, and for one whose routers do not learn from routes."""
+    if not method_named(method).from_routes:
+        raise ConfigError(
+            f"Method {method!r} does not learn from routes: leave --routes out, or name a method that does, such as "
+            "drllm."
+        )
+
+
 def load_route_recipe(name_or_path: str | Path = DEFAULT) -> RouteRecipe:
     """A recipe by name or from a YAML file. Unknown names and settings are errors that name the near ones."""
     data, where = read_recipe(name_or_path)
+    method = data.get("method")
+    if isinstance(method, dict) and "method" in method and not method_named(str(method["method"])).from_routes:
+        raise ConfigError(
+            f"{where}: method {method['method']!r} does not learn from routes: leave --routes out, or give a recipe "
+            f"of a method that does, such as {DEFAULT}."
+        )
     return RouteRecipe(**checked(RouteRecipe, data, where))
