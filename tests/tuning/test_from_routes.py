@@ -168,6 +168,14 @@ def test_a_file_of_another_model_or_depth_or_with_too_little_in_it(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_fewer_samples_than_parts(tmp_path, most):
+    model = tiny()
+    path = write(tmp_path / "many.jsonl", model, [prompt(n) for n in range(9)])
+    with pytest.raises(TuningError, match=f"--max-samples {most} leaves {most} of 9 prompts .*: give 3 or more"):
+        tune_from_routes(model, Tokenizer(), path, RECIPE, out=tmp_path / "out", max_samples=most)
+
+
 def test_recipes_of_routes():
     paper = load_route_recipe()
     assert (paper.gamma, paper.beta, paper.learning_rate, paper.batch_size, paper.epochs) == (2.0, 0.999, 1e-3, 16, 25)

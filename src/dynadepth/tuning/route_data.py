@@ -75,13 +75,18 @@ def split(routes: RouteFile, tokenizer: Any, recipe: RouteRecipe, max_samples: i
     Raises TuningError where a part would be empty.
     """
     usable = [(p, counts) for p in routes.prompts if (counts := kept(p, routes.header.n_layers, recipe))]
-    random.Random(seed).shuffle(usable)
-    usable = usable[:max_samples]
     if len(usable) < 3:
         raise TuningError(
             f"{len(usable)} of {len(routes.prompts)} prompts have a route to learn from, and three parts need at least "
             "one each: search more prompts."
         )
+    if max_samples is not None and max_samples < 3:
+        raise TuningError(
+            f"--max-samples {max_samples} leaves {max_samples} of {len(usable)} prompts that have a route to learn "
+            "from, and three parts need at least one each: give 3 or more."
+        )
+    random.Random(seed).shuffle(usable)
+    usable = usable[:max_samples]
     n_validation = max(1, round(recipe.validation * len(usable)))
     n_heldout = max(1, round(recipe.holdout * len(usable)))
 
