@@ -6,6 +6,7 @@ keeps its traceback. All are `ValueError`s, so library users need no import to c
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DynadepthError(ValueError):
@@ -58,3 +59,12 @@ def did_you_mean(value: str, known: Iterable[str], n: int = 3) -> str:
     if not near:
         return ""
     return " Did you mean " + " or ".join(repr(name) for name in near) + "?"
+
+
+def check_file(path: Path, what: str = "file") -> None:
+    """Raises `DataError` for a folder, and where there is nothing, naming files that are called nearly so."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give a file.")
+    if not path.is_file():
+        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ())
+        raise DataError(f"There is no {what} {path}.{near}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.adapter import atomically
-from dynadepth.errors import ConfigError, DataError, did_you_mean
+from dynadepth.errors import ConfigError, DataError, check_file
 from dynadepth.provenance import finite
 
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -80,9 +80,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text file, gzipped where the name ends in `.gz`. Raises `DataError` as `read_rows` does."""
-    if not path.is_file():
-        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ())
-        raise DataError(f"There is no file {path}.{near}")
+    check_file(path)
     try:
         if path.name.endswith(".gz"):
             with gzip.open(path, "rt", encoding="utf-8", newline="") as packed:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dynadepth.errors import DataError, did_you_mean
+from dynadepth.errors import DataError, check_file
 
 FORMAT = 1
 KIND = "dynadepth-routes"
@@ -237,9 +237,7 @@ def _may_be_header(data: bytes, zipped: bool) -> bool:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ())
-        raise DataError(f"There is no file of routes {path}.{near}")
+    check_file(path, "file of routes")
     number, whole = 0, 0
     try:
         data = path.read_bytes()

@@ -6,6 +6,21 @@ import pytest
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("search", "MODEL", "--data", "D", "--out", "routes.jsonl"),
+        ("pretrain", "--recipe", "mod-small", "--data", "D", "--out", "out"),
+        ("tune", "MODEL", "--routes", "D", "--out", "out"),
+        ("generate", "MODEL", "--prompts", "D"),
+    ],
+)
+def test_a_folder_is_no_file(refused, model_folder, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "D").mkdir()
+    assert refused(*(model_folder if word == "MODEL" else word for word in words)) == "D is a folder: give a file."
+
+
+@pytest.mark.parametrize(
     ("words", "option", "kept"),
     [
         (("search", "m", "--data", "D/a.jsonl", "--out", "D/r.jsonl", "--json", "D/r.jsonl"), "--out", None),
