@@ -100,3 +100,12 @@ def test_missing_and_too_small_texts_are_refused(tmp_path):
         corpus.check_size(16, 4)
     with pytest.raises(DataError, match=r"held-out text has \d tokens, less than one window of 16"):
         corpus.check_size(16, 1)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_text_that_is_trained_on_is_not_held_out(tmp_path, copied):
+    text = write_text(tmp_path)
+    valid = write_text(tmp_path, name="copy.txt") if copied else text
+    with pytest.raises(DataError, match=f"--valid {valid.name} holds the same text as --data {text.name}"):
+        prepare(DENSE, [text], [valid], tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()

@@ -111,13 +111,21 @@ def documents(path: Path) -> Iterator[dict[str, str]]:
 
 
 def facts_of(recipe: PretrainRecipe, files: Sequence[Path], valid: Sequence[Path]) -> dict[str, Any]:
-    """What a corpus depends on: settings, and the files' digests. Raises DataError for a file that is not there."""
+    """What a corpus depends on: settings, and the files' digests. Raises DataError for a file that is not there, and
+    for one that is both trained on and held out."""
     if not files:
         raise ConfigError("Pretraining needs text: give --data FILE (.txt, .jsonl, .jsonl.gz), once or several times.")
     names = ("start", "tokenizer", "vocab_size", "holdout", "validation_ids")
     settings = {name: getattr(recipe, name) for name in names}
     settings["validation_ids"] = list(recipe.validation_ids)
-    return {**settings, "files": _digests(files), "validation files": _digests(valid)}
+    trained, held_out = _digests(files), _digests(valid)
+    for name, digest in held_out.items():
+        if twin := next((other for other, same in trained.items() if same == digest), None):
+            raise DataError(
+                f"--valid {name} holds the same text as --data {twin}: what is trained on is not held out; give "
+                "another text, or leave --valid out to hold out the end of the data."
+            )
+    return {**settings, "files": trained, "validation files": held_out}
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
