@@ -21,7 +21,7 @@ from dynadepth.adapter import CONFIG
 from dynadepth.errors import AdapterError, ConfigError
 from dynadepth.lora import CONFIG as LORA_CONFIG
 from dynadepth.lora import WEIGHTS as LORA_WEIGHTS
-from dynadepth.lora import LoraSettings, linear_names
+from dynadepth.lora import LoraSettings, linear_sides
 from dynadepth.methods import MindSkipConfig
 from dynadepth.model import add_lora
 from small import ALL, FAMILIES, KINDS, bare, mixed, ragged, routed, scatter
@@ -62,7 +62,7 @@ def test_a_new_lora_changes_nothing(family: str) -> None:
     wanted = model(**BATCH).logits
     add_lora(model, LoraSettings(2))
     assert torch.equal(model(**BATCH).logits, wanted)
-    assert linear_names(bare(family)) == EVERY
+    assert list(linear_sides(bare(family))) == EVERY
     lora = routing_of(model).lora
     assert len(lora.layers) == 7 * len(ALL)
     assert all(p.requires_grad and p.dtype == torch.float32 for _, p in lora.named_parameters())
@@ -333,3 +333,12 @@ def test_a_layer_that_the_model_does_not_have() -> None:
         add_lora(model, LoraSettings(2, modules=("q_prj",)))
     assert routing_of(model).lora is None
     assert list(detach(model).state_dict()) == list(bare().state_dict())
+
+
+@pytest.mark.parametrize("modules", [(), ("k_proj",)])
+def test_a_rank_that_no_layer_can_have(modules: tuple[str, ...]) -> None:
+    highest = max(side for name, side in linear_sides(bare()).items() if not modules or name in modules)
+    assert highest == (8 if modules else 16)
+    with pytest.raises(ConfigError, match=f"rank {highest + 1} is more than any .*: give {highest} or less"):
+        add_lora(routed(), LoraSettings(highest + 1, modules=modules))
+    add_lora(routed(), LoraSettings(highest, modules=modules))

@@ -71,9 +71,10 @@ class LoraSettings:
         return LoraSettings(**data)
 
     def config(self, model: PreTrainedModel) -> Any:
-        """PEFT's configuration for a model. Raises ConfigError for modules that the model does not have,
-        UnsupportedModelError for a model without any."""
-        known = linear_names(model)
+        """PEFT's configuration for a model. Raises ConfigError for modules that the model does not have and for a rank
+        that none of the adapted layers can have, UnsupportedModelError for a model without any."""
+        sides = linear_sides(model)
+        known = list(sides)
         if not known:
             raise UnsupportedModelError(
                 f"{type(model).__name__} can have no LoRA: its attentions and MLPs have no linear layer; tune without."
@@ -84,6 +85,12 @@ class LoraSettings:
                     f"lora: {type(model).__name__} has no linear layer {name!r} in its attentions and MLPs, which "
                     f"have {', '.join(known)}.{did_you_mean(name, known)}"
                 )
+        highest = max(sides[name] for name in self.modules or known)
+        if self.rank > highest:
+            raise ConfigError(
+                f"lora: rank {self.rank} is more than any of the adapted layers of this {type(model).__name__} can "
+                f"have: give {highest} or less."
+            )
         return _peft().LoraConfig(
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
@@ -94,18 +101,28 @@ class LoraSettings:
         )
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers in the decoder's attentions and MLPs, each once, in the order of the model."""
+def linear_sides(model: PreTrainedModel) -> dict[str, int]:
+    """Names of the linear layers in the decoder's attentions and MLPs, each once, in the order of the model, with the
+    highest rank that an update of one so called can have: its smaller side."""
     spec = spec_for(model)
     found = (
-        name.rpartition(".")[2]
+        (name.rpartition(".")[2], _smaller_side(module))
         for layer in decoder_layers(model, spec)
         for part in (getattr(layer, spec.attention, None), getattr(layer, spec.mlp, None))
         if part is not None
         for name, module in part.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not is_attached_name(name)
     )
-    return list(dict.fromkeys(found))
+    sides: dict[str, int] = {}
+    for name, side in found:
+        sides[name] = max(side, sides.get(name, side))
+    return sides
+
+
+def _smaller_side(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return min(module.in_features, module.out_features)  # quantised weights have other shapes
+    return min(module.weight.shape)  # type: ignore[arg-type]  # of a Conv1D
 
 
 class RoutedLora:

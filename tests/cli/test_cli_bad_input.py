@@ -171,6 +171,11 @@ def test_seeds_are_checked_before_anything_is_loaded(refused, tmp_path, words, s
     assert not out.exists()
 
 
+def test_a_lora_that_does_not_fit_the_model_is_said_before_data_is_read(refused, model_folder, tmp_path):
+    words = ("tune", model_folder, "--out", tmp_path / "out", "--data", tmp_path / "none.jsonl", "--lora", 100000)
+    assert "rank 100000 is more than any of the adapted layers" in refused(*words)
+
+
 def test_output_that_cannot_be_written_is_said_first(refused, model_folder, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")

@@ -345,7 +345,7 @@ def test_the_default_recipe_with_lora(opened, settings, tmp_path):
 
 
 def test_a_model_that_can_have_no_lora_is_said_before_any_cell(opened, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "linear_names", lambda model: [])
+    monkeypatch.setattr(lora, "linear_sides", lambda model: {})
     told = []
     found = run_frontier(*opened, settings("default-lora", "static", budgets=(0.5,)), tmp_path, Teller(told.append))
     assert [row["name"] for row in found.methods] == ["dense", "static"]

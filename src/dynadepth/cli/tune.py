@@ -124,12 +124,15 @@ def tune(
             target=target, granularity=granularity, kv_policy=kv_policy
         )  # what is wrong is said now
         loaded, tokenizer = open_model(model)
+        from dynadepth.lora import LoraSettings
+
+        beside = LoraSettings.from_dict(settings.lora) if settings.lora else None
+        if beside is not None:
+            beside.config(loaded)  # what does not fit this model is said now
         speedup = None
         if isinstance(share, options.Speed):
             from dynadepth.benchmark.speedup import Workload, speedup_of
-            from dynadepth.lora import LoraSettings
 
-            beside = LoraSettings.from_dict(settings.lora) if settings.lora else None
             with progress(f"solving {share}") as tell:
                 found = speedup_of(loaded, config, share.times, Workload(**share.workload), tell, beside)
             say(str(found))
