@@ -206,6 +206,13 @@ def test_tables_figures_and_sentences(study):
             {"base": {**STUDY.base, "model": {**SHAPE, "hiden": 1}}},
             "has no setting 'hiden'. Did you mean 'hidden_act' or 'hidden_size'",
         ),
+        ({"budgets": [1e9, 1e9]}, r"budgets names a number of .* twice: name each once"),
+        ({"sizes": {"a/b": {}}}, "'a/b' would be part of a file's name"),
+        ({"variants": {"../dense": {}}}, "'../dense' would be part of a file's name"),
+        ({"repeats": {"variants": ["mod"], "seeds": [0]}}, r"seeds must be different whole numbers from 1 .*not \[0\]"),
+        ({"repeats": {"variants": ["mod"], "seeds": [1, 1]}}, r"seeds must be different .*not \[1, 1\]"),
+        ({"repeats": {"variants": ["mod"], "seeds": ["a"]}}, r"repeats needs seeds, .*not \['a'\]"),
+        ({"repeats": {"variants": ["mod"]}}, "repeats needs seeds, .*not None"),
         ({"time_repeats": 0}, "time_repeats must be at least 1, not 0"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,13 @@ class IsoflopRecipe:
         for budget in self.budgets:
             if isinstance(budget, bool) or not isinstance(budget, float | int) or not 0 < budget < float("inf"):
                 raise ConfigError(f"budgets must be numbers of FLOPs above 0, not {budget!r}.")
+        if len(set(map(budget_label, self.budgets))) < len(self.budgets):
+            raise ConfigError(f"budgets names a number of {list(self.budgets)} twice: name each once.")
+        for label in (*self.sizes, *self.variants):
+            if not re.fullmatch(r"[\w.-]+", str(label)):
+                raise ConfigError(
+                    f"{label!r} would be part of a file's name: call it by letters, digits, '.', '_' and '-' alone."
+                )
         if self.reference and self.reference not in self.sizes:
             raise ConfigError(f"reference names no size: {self.reference!r}.{did_you_mean(self.reference, self.sizes)}")
         for name in ("time_rows", "time_repeats"):
@@ -91,6 +99,19 @@ class IsoflopRecipe:
         ):
             if not any(cell.variant == name for cell in cells):
                 raise ConfigError(f"repeats names {name!r}, which no part of the grid trains.")
+        if self.repeats:
+            self._check_seeds(self.repeats.get("seeds"))
+
+    @staticmethod
+    def _check_seeds(seeds: Any) -> None:
+        """Raises ConfigError for `seeds` of `repeats` that train nothing, or nothing new."""
+        if not isinstance(seeds, (list, tuple)) or not seeds or any(type(seed) is not int for seed in seeds):
+            raise ConfigError(f"repeats needs seeds, a list of whole numbers such as [1, 2], not {seeds!r}.")
+        if len(set(seeds)) < len(seeds) or any(not 0 < seed < 2**32 for seed in seeds):
+            raise ConfigError(
+                f"repeats: seeds must be different whole numbers from 1 to {2**32 - 1} (the grid itself has seed 0), "
+                f"not {list(seeds)}."
+            )
 
     def cells(self) -> Iterator[Cell]:
         """The grid's cells, small budgets first, each once."""
