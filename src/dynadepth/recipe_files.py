@@ -66,11 +66,15 @@ def read_recipe(name_or_path: str | Path, kind: str = "tuning") -> tuple[dict[st
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no settings.")
+    named = "kind" in data
     said = data.pop("kind", "tuning")
     if said not in COMMANDS:
         raise ConfigError(f"{path}: kind must be one of {', '.join(COMMANDS)}, not {said!r}.")
     if said != kind:
-        raise ConfigError(f"{path} is a recipe for `dynadepth {COMMANDS[said]}`, not for `dynadepth {COMMANDS[kind]}`.")
+        way_out = "" if named else f" A file without a kind is for tuning: add `kind: {kind}` if it is not."
+        raise ConfigError(
+            f"{path} is a recipe for `dynadepth {COMMANDS[said]}`, not for `dynadepth {COMMANDS[kind]}`.{way_out}"
+        )
     return data, str(path)
 
 

@@ -26,6 +26,16 @@ def test_isoflop_recipes_load(name):
     assert next(iter(recipe.variants)) == "dense"
 
 
+@pytest.mark.parametrize("kind", ["pretraining", "isoflop"])
+def test_a_recipe_without_its_kind_is_told_how_to_name_it(tmp_path, kind):
+    (tmp_path / "r.yaml").write_text("name: x\nsource: y\n")
+    with pytest.raises(ConfigError, match=f"not for `dynadepth .*add `kind: {kind}`"):
+        read_recipe(tmp_path / "r.yaml", kind)
+    (tmp_path / "r.yaml").write_text("kind: tuning\nname: x\nsource: y\n")
+    with pytest.raises(ConfigError, match=r"not for `dynadepth \w+`\.$"):
+        read_recipe(tmp_path / "r.yaml", kind)
+
+
 def test_every_shipped_recipe_has_a_command():
     files = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
     assert files == sorted(name for kind in COMMANDS for name in known_recipes(kind))

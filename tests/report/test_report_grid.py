@@ -39,8 +39,15 @@ def test_cells_of_the_same_run_are_kept(tmp_path):
 @pytest.mark.parametrize("name", SAME)
 def test_another_run_is_refused_by_what_differs(tmp_path, name):
     written(tmp_path / "grid.json", [cell()], stamp(**{name: "other"}))
-    with pytest.raises(DataError, match=rf"another {name}: give another --json, or no --resume"):
+    with pytest.raises(DataError, match=rf"another run \({name} is other there and .* here\): give another --json"):
         resumed(tmp_path / "grid.json", stamp())
+
+
+def test_a_setting_that_differs_is_named(tmp_path):
+    written(tmp_path / "grid.json", [cell()], stamp())
+    changed = stamp(bench={"compare": ["sequence@0.5"], "seconds": 9.0})
+    with pytest.raises(DataError, match=r"\(bench: seconds is not set there and 9\.0 here\)"):
+        resumed(tmp_path / "grid.json", changed)
 
 
 @pytest.mark.parametrize(

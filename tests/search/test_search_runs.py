@@ -155,7 +155,7 @@ def test_what_a_file_is_not_mixed_with(model_folder, arc, tmp_path):
     deeper = str(save_model(tmp_path / "deep", num_hidden_layers=5))
     with pytest.raises(DataError, match=r"they have 4 layers and the model has 5"):
         run(deeper, [data], out, resume=True)
-    with pytest.raises(DataError, match="two data files have the same name"):
+    with pytest.raises(DataError, match=r"two data files have the same name .* Rename one\."):
         run(model_folder, [data, tmp_path / "arc_tiny.jsonl.gz"], tmp_path / "new.jsonl")
     assert out.read_bytes() == before
 

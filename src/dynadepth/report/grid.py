@@ -13,6 +13,7 @@ from typing import Any
 
 from dynadepth.errors import DataError
 from dynadepth.provenance import PACKAGES, finite
+from dynadepth.recipe_files import difference
 
 Cell = dict[str, Any]
 SAME = ("bench", "model", "routers", "dtype", "dynadepth", "commit", *PACKAGES, "hardware")
@@ -30,15 +31,15 @@ def resumed(path: Path, provenance: Mapping[str, Any]) -> list[Cell]:
         document = json.loads(path.read_text(encoding="utf-8"))
         cells, before = list(document["cells"]), document["provenance"]
         points(cells)
-        other = [name for name in SAME if before.get(name) != json.loads(json.dumps(finite(provenance[name])))]
+        wanted = json.loads(json.dumps(finite({name: provenance[name] for name in SAME})))
+        differs = difference({name: before.get(name) for name in SAME}, wanted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} holds no cells of a benchmark ({error!r}): give another --json, or no --resume."
         ) from error
-    if other:
+    if differs:
         raise DataError(
-            f"{path} was measured with another {', '.join(other)}: give another --json, or no --resume to measure all "
-            "of it anew."
+            f"{path} is of another run ({differs}): give another --json, or no --resume to measure all of it anew."
         )
     return cells
 

@@ -48,7 +48,9 @@ def search_files(
 
     names = [source_of(file) for file in files]
     if len(set(names)) < len(names):
-        raise DataError(f"two data files have the same name ({', '.join(names)}): the file of routes tells by it.")
+        raise DataError(
+            f"two data files have the same name ({', '.join(names)}): the file of routes tells by it. Rename one."
+        )
     longest = getattr(text_config(model), "max_position_embeddings", None)
     questions, remarks = load_questions(files, tokenizer, longest, limit)
     for remark in remarks:
