@@ -64,6 +64,6 @@ def test_bad_input(refused, model_folder, data, tmp_path):
     assert "no answer at row 1" in sentence(data=bare)
     assert not out.exists()
     out.write_bytes(b"mine")
-    assert "exists" in sentence()
+    assert "exists: give another name, or go on by --resume if it holds routes." in sentence()
     assert "no file of routes" in sentence("--resume")
     assert out.read_bytes() == b"mine"

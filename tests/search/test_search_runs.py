@@ -144,7 +144,7 @@ def test_what_a_file_is_not_mixed_with(model_folder, arc, tmp_path):
     out, data = tmp_path / "routes.jsonl.gz", arc(4)
     run(model_folder, [data], out)
     before = out.read_bytes()
-    with pytest.raises(ConfigError, match=r"exists: go on with it by --resume"):
+    with pytest.raises(ConfigError, match=r"exists: give another name, or go on by --resume"):
         run(model_folder, [data], out)
     other = SearchSettings(TreeSettings(simulations=13), margin=0.01)
     with pytest.raises(ConfigError, match=r"was begun with simulations = 12, not 13"):

@@ -91,7 +91,7 @@ def search(
         if not out_file.name.endswith((".jsonl", ".jsonl.gz")):
             raise ConfigError(f"--out {out_file} must end in .jsonl or .jsonl.gz.")
         if out_file.exists() and out_file.stat().st_size and not resume:
-            raise ConfigError(f"{out_file} exists: go on with it by --resume, or give another name.")
+            raise ConfigError(f"{out_file} exists: give another name, or go on by --resume if it holds routes.")
         from dynadepth.search import search_files
         from dynadepth.search.figures import summarise
         from dynadepth.search.searcher import SearchSettings

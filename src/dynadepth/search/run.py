@@ -54,7 +54,7 @@ def begin(out: Path, header: Header, resume: bool) -> RouteFile:
     found = None
     if out.exists() and out.stat().st_size:
         if not resume:
-            raise ConfigError(f"{out} exists: go on with it by --resume, or give another name.")
+            raise ConfigError(f"{out} exists: give another name, or go on by --resume if it holds routes.")
         found = recover(out)
     if found is None:
         with RouteWriter(out) as writer:
