@@ -321,6 +321,20 @@ def test_a_machine_that_cannot_compile_says_so_once_and_goes_on(monkeypatch: pyt
     same(answer(model, batch), expected)
 
 
+def test_layers_that_differ_by_a_function_share_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traced(own: Any, fullgraph: bool, options: dict[str, Any]) -> Any:
+        return torch._dynamo.optimize("eager", nopython=fullgraph, **options)(own)
+
+    monkeypatch.setattr(torch, "compile", traced)  # the same checks, without a compiler's minutes
+    model, batch = bare(), ragged((3, 6))
+    for index, layer in enumerate(model.model.layers):
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = nn.functional.relu if index == 2 else nn.functional.gelu
+    expected = answer(model, batch, 3)
+    dynadepth.compile(model)
+    same(answer(model, batch, 3), expected)
+
+
 @pytest.mark.slow
 @FAMILY
 def test_no_route_and_no_length_compiles_anew(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,20 +56,28 @@ SETTLED = frozenset(
     }
 )
 """Kinds of guards of what no caller changes: code, and attributes that twins do not have."""
+FUNCTIONS = frozenset({"BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH"})
+"""Those kinds that tell layers apart where a twin's attribute is a function, as an activation may be."""
 
 
 def compiled_step() -> Step:
     """`step`, compiled. A function object of its own: PyTorch limits how many versions of one function it keeps.
 
     Every call of every layer is checked against what it was compiled for; left out is what cannot change without the
-    program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`.
+    program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`, unless a layer's
+    attribute is such a function.
     """
     own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
     return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _matters})
 
 
 def _matters(guards: Any) -> list[bool]:
-    return [not guard.name.startswith("G[") and guard.guard_type not in SETTLED for guard in guards]
+    return [_own(guard) or not (guard.name.startswith("G[") or guard.guard_type in SETTLED) for guard in guards]
+
+
+def _own(guard: Any) -> bool:
+    """Is it of a function, or a class, that an attribute of the layer holds?"""
+    return guard.guard_type in FUNCTIONS and guard.name.startswith("twin.")
 
 
 class Steps:
