@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dynadepth
 from dynadepth import Site, fixed_routes, routing_of
 from dynadepth.compiled import layers as compiled_layers
-from dynadepth.errors import ConfigError, UnsupportedModelError
+from dynadepth.errors import ConfigError, UnsupportedCacheError, UnsupportedModelError
 from dynadepth.lora import LoraSettings
 from dynadepth.model import add_lora
 from dynadepth.routing import roomy
@@ -234,6 +234,17 @@ def test_kv_bytes_are_those_of_the_ordinary_way(uncompiled: type[Counting]) -> N
                 model(input_ids=ids(2, 1, seed), past_key_values=cache)
         held.append((cache.kv_bytes(), cache.get_seq_length()))
     assert held[0] == held[1]
+
+
+def test_a_cache_of_another_models_routes_is_refused(uncompiled: type[Counting]) -> None:
+    model, other = routed(), dynadepth.compile(bare())
+    before = uncompiled.runs
+    with torch.no_grad():
+        with fixed_routes(model, EVEN):
+            cache = model(input_ids=ids(2, 5)).past_key_values
+        with pytest.raises(UnsupportedCacheError, match="only the routed model that it belongs to"):
+            other(input_ids=ids(2, 1), past_key_values=cache)
+    assert uncompiled.runs == before
 
 
 def test_weights_that_change_are_read(uncompiled: type[Counting]) -> None:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils.output_capturing import _active_collector
 
 from dynadepth.compiled.twins import Parted, Skipped, StepStore, twin_of
+from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.call import CACHE_NAMES
 from dynadepth.routing.context import ForwardContext, current
 from dynadepth.routing.experts import WatchedGate
@@ -162,6 +163,8 @@ class Plan:
             return None
         others = {key: value for key, value in kwargs.items() if key not in (name, "hidden_states")}
         state, context, routing = self.state, current(), self.steps.routing
+        if isinstance(cache, RoutedCache) and (context is None or context.cache is not cache):
+            return None  # which refuses a cache of another forward's
         ours = context is not None and context.owner is routing
         if not ours and routing is not None and routing.lora is not None:
             return None  # the forms have it, a forward of the base alone does not
