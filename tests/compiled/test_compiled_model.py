@@ -6,10 +6,12 @@ Most tests run the forms of a layer as plain Python (`uncompiled`): the logic is
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import dynadepth
@@ -295,6 +297,117 @@ def test_routing_and_compiling_in_order(uncompiled: type[Counting]) -> None:
     dynadepth.detach(model)
     assert not dynadepth.is_compiled(model)
     assert {type(module) for module in model.modules()} == {type(module) for module in bare().modules()}
+
+
+def replace_mlp(model: Any) -> None:
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[2].mlp)
+
+
+def replace_linear(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj = copy.deepcopy(model.model.layers[2].mlp.up_proj)
+
+
+def replace_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def raise_epsilon(model: Any) -> None:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def scale_attention(model: Any) -> None:
+    model.model.layers[2].self_attn.scaling = 2.0
+
+
+def hook_mlp(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
+
+
+def patch_mlp(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda hidden: -type(mlp).forward(mlp, hidden)
+
+
+def adapt(model: Any) -> None:
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    get_peft_model(model, settings).eval()
+
+
+def changed(model: Any, change: Any, between: bool) -> Tensor:
+    """Logits of a prefill and two steps; the model changes before the prefill, or behind it."""
+    with fixed_routes(model, EVEN) if dynadepth.is_attached(model) else nullcontext(), torch.no_grad():
+        if not between:
+            change(model)
+        out = model(input_ids=ids(2, 5), use_cache=True)
+        logits, cache = [out.logits[:, -1:]], out.past_key_values
+        if between:
+            change(model)
+        logits += [model(input_ids=ids(2, 1, seed), past_key_values=cache).logits for seed in (1, 2)]
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("make", [bare, routed])
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize(
+    "change", [replace_mlp, replace_linear, replace_activation, raise_epsilon, scale_attention, hook_mlp, adapt]
+)
+def test_a_layer_that_changes_is_followed(make: Any, between: bool, change: Any, uncompiled: type[Counting]) -> None:
+    expected = changed(make(), change, between)
+    model = dynadepth.compile(make())
+    before = changed(model, lambda model: None, between)
+    runs, copied = uncompiled.runs, copy.deepcopy(model)
+    for one in (model, copied):
+        blocked = change in (hook_mlp, adapt)
+        with pytest.warns(UserWarning, match="after dynadepth.compile") if blocked else nullcontext() as said:
+            found = changed(one, change, between)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found[:, 1:], before[:, 1:], atol=1e-3)
+        assert said is None or sum("after dynadepth.compile" in str(warning.message) for warning in said) == 1
+    if change is not adapt:  # which is in every layer
+        assert uncompiled.runs > runs
+
+
+def test_a_forward_of_its_own_is_followed_from_the_next_prompt(uncompiled: type[Counting]) -> None:
+    expected, model = changed(bare(), patch_mlp, False), dynadepth.compile(bare())
+    with pytest.warns(UserWarning, match=r"changed after dynadepth\.compile \(mlp has a forward of its own"):
+        torch.testing.assert_close(changed(model, patch_mlp, False), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_that_is_put_back_is_compiled_again(uncompiled: type[Counting]) -> None:
+    model = dynadepth.compile(bare())
+    expected = changed(model, lambda model: None, False)
+    runs = uncompiled.runs
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *given: None)
+    with pytest.warns(UserWarning, match="mlp has a forward hook"):
+        answer(model, ragged((3, 6)), 2)
+    assert uncompiled.runs - runs == len(ALL) - 1
+    handle.remove()
+    assert torch.equal(changed(model, lambda model: None, False), expected)
+    assert uncompiled.runs - runs == len(ALL) - 1 + 2 * len(ALL)
+
+
+def test_layers_are_looked_at_and_twins_made_no_more_than_needed(
+    uncompiled: type[Counting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dynadepth.compile(routed())
+
+    def anew(*given: Any) -> None:
+        raise AssertionError("twins were made anew")
+
+    monkeypatch.setattr(compiled_layers.Plan, "make_twins", anew)
+    answer(model, ragged((3, 6)))
+    dynadepth.set_control(model, 0.2)
+    answer(model.train().eval(), ragged((3, 6)))
+    answer(copy.deepcopy(model), ragged((3, 6)))
+
+
+def test_adapters_of_pefts_are_refused() -> None:
+    model = get_peft_model(bare(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"self_attn\.q_proj is an adapter of PEFT's"):
+        dynadepth.compile(model)
+    assert not dynadepth.is_compiled(model)
+    dynadepth.compile(model.merge_and_unload())
 
 
 def test_hooks_inside_a_layer_are_refused() -> None:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.utils.output_capturing import _active_collector
 
-from dynadepth.compiled.twins import Parted, Skipped, StepStore, twin_of
+from dynadepth.compiled.twins import PLAN, Origin, Parted, Skipped, StepStore, obstacle, twin_of
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.call import CACHE_NAMES
 from dynadepth.routing.context import ForwardContext, current
 from dynadepth.routing.experts import WatchedGate
 from dynadepth.routing.roomy import ROOMY, Room
 from dynadepth.routing.skip_path import Memory
-from dynadepth.routing.sublayer import SublayerState
+from dynadepth.routing.sublayer import SublayerState, restore_class
 
 Step = Callable[..., tuple[Any, tuple[Tensor, ...] | None]]
 
@@ -57,16 +57,16 @@ SETTLED = frozenset(
     }
 )
 """Kinds of guards of what no caller changes: code, and attributes that twins do not have."""
-FUNCTIONS = frozenset({"BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH"})
-"""Those kinds that tell layers apart where a twin's attribute is a function, as an activation may be."""
+TELLING = frozenset({"BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "HASATTR"})
+"""Those kinds that tell layers apart by a twin's attribute: a function, as an activation may be, or missing."""
 
 
 def compiled_step() -> Step:
     """`step`, compiled. A function object of its own: PyTorch limits how many versions of one function it keeps.
 
     Every call of every layer is checked against what it was compiled for; left out is what cannot change without the
-    program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`, unless a layer's
-    attribute is such a function.
+    program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`, unless they tell
+    layers apart.
     """
     own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
     return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _matters})
@@ -77,15 +77,16 @@ def _matters(guards: Any) -> list[bool]:
 
 
 def _own(guard: Any) -> bool:
-    """Is it of a function, or a class, that an attribute of the layer holds?"""
-    return guard.guard_type in FUNCTIONS and guard.name.startswith("twin.")
+    """Does it tell layers apart by an attribute?"""
+    return guard.guard_type in TELLING and guard.name.startswith("twin.")
 
 
 class Steps:
-    """What the layers of one compiled model share. `failed`: compiling did not work here, so it is not tried again."""
+    """What the layers of one compiled model share. `failed`: compiling did not work here, so it is not tried again.
+    `left`: it was said that a layer is no longer compiled."""
 
     def __init__(self, routing: Any, make: Callable[[], Step] = compiled_step) -> None:
-        self.routing, self.failed = routing, False
+        self.routing, self.failed, self.left = routing, False, False
         self.reset(make)
 
     def reset(self, make: Callable[[], Step]) -> None:
@@ -125,33 +126,56 @@ class Steps:
 
 
 class Plan:
-    """What a compiled layer knows: its place, a twin for each form, and where its route is found."""
+    """What a compiled layer knows: its place, a twin for each form, and where its route is found. `norm`: name of the
+    norm between its routed module and the residual stream, where it has one."""
 
     def __init__(self, index: int, layer: nn.Module, steps: Steps, state: SublayerState | None, norm: Any) -> None:
-        self.index, self.steps, self.state = index, steps, state
+        self.index, self.steps, self.state, self.norm = index, steps, state, norm
+        self.make_twins(layer)
+
+    def make_twins(self, layer: nn.Module) -> None:
+        """Twins of the layer as it is now; where they would not do what it does it is said once, and none is run."""
+        state = self.state
+        norm = None if self.norm is None else getattr(layer, self.norm)
+        carriers = [m for m in layer.modules() if getattr(m, "depth_state", None) is state and m is not norm]
+        why = obstacle(layer)
+        if state is not None and not carriers:
+            why = f"the routed {state.target.name} was replaced"
+        self.blocked = why is not None
+        if self.blocked and not self.steps.left:
+            self.steps.left = True
+            warnings.warn(
+                f"Layer {self.index} changed after dynadepth.compile ({why}): such layers go on uncompiled, with the "
+                "results of an uncompiled model. Take it off, or call dynadepth.uncompile(model).",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.origin = Origin(layer)
         self.watched = any(isinstance(module, WatchedGate) for module in layer.modules())
-        self.executed = twin_of(layer, {})
+        self.executed = _twin(layer, {})
         self.skipped: nn.Module | None = None
         self.parted: nn.Module | None = None
-        if state is None or state.target.name == "block" or not state.granularity.sticky:
+        if self.blocked or state is None or state.target.name == "block" or not state.granularity.sticky:
             return  # a skipped block is nothing to compile
-        routed = next(m for m in layer.modules() if getattr(m, "depth_state", None) is state and m is not norm)
+        routed = carriers[0]
         streams = state.skip_path.streams
         if not streams or state.target.keeps_kv:  # an MLP is given no cache to remember in
             replaced: dict[nn.Module, nn.Module] = {routed: Skipped(state)}
             if state.post_norm and norm is not None:
                 replaced[norm] = nn.Identity()
-            self.skipped = twin_of(layer, replaced)
+            self.skipped = _twin(layer, replaced)
         if state.target.keeps_kv and not state.post_norm:
-            self.parted = twin_of(layer, {routed: Parted(twin_of(routed, {}), state)})
+            self.parted = _twin(layer, {routed: Parted(twin_of(routed, {}), state)})
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+    def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """The layer's output in a tuple, or None where the ordinary way has to be taken."""
         hidden = args[0] if args else kwargs.get("hidden_states")
+        if len(args) > 1 or self.steps.failed or not isinstance(hidden, Tensor):
+            return None
+        if not self.origin.holds(layer, thoroughly=hidden.shape[1] != 1):  # several tokens: a prefill, before any step
+            self.make_twins(layer)
         if (
-            len(args) > 1
-            or self.steps.failed
-            or not isinstance(hidden, Tensor)
+            self.blocked
             or hidden.shape[1] != 1
             or torch.is_grad_enabled()
             or _active_collector.get()  # outputs of the modules inside are recorded
@@ -260,11 +284,20 @@ class Plan:
         return layer
 
 
+def _twin(layer: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The twin of a layer, which may be compiled already."""
+    twin = twin_of(layer, replaced)
+    if isinstance(twin, CompiledLayer):
+        restore_class(twin, CompiledLayer)
+    vars(twin).pop(PLAN, None)
+    return twin
+
+
 class CompiledLayer:
     """Mixin put before a decoder layer's class. `compiled_plan` is a plain attribute."""
 
     compiled_plan: Plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = None if self.training else self.compiled_plan.run(args, kwargs)  # type: ignore[attr-defined]
+        output = None if self.training else self.compiled_plan.run(self, args, kwargs)  # type: ignore[arg-type,attr-defined]
         return super().forward(*args, **kwargs) if output is None else output[0]  # type: ignore[misc]

@@ -58,7 +58,7 @@ def compile_model(model: M) -> M:
     for index, layer in enumerate(layers):
         state = states.get(index)
         name = None if state is None else norms.get(state.target.name)
-        plan: Any = Plan(index, layer, steps, state, getattr(layer, name) if name else None)
+        plan: Any = Plan(index, layer, steps, state, name)
         layer.compiled_plan = plan
         swap_class(layer, CompiledLayer)
     try:
@@ -82,8 +82,9 @@ def uncompile(model: M) -> M:
     if is_compiled(base):
         linear.make_plain(vars(base).pop("compiled_linears"))
         for layer in decoder_layers(base):
-            restore_class(layer, CompiledLayer)
-            del layer.compiled_plan
+            if isinstance(layer, CompiledLayer):  # one put in later is not
+                restore_class(layer, CompiledLayer)
+                del layer.compiled_plan
     return model
 
 

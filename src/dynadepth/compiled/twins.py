@@ -2,17 +2,18 @@
 replaced by its skip path. What `torch.compile` sees has no decision left in it.
 
 A twin shares the parameter *dictionaries* of the layer, so that weights that are replaced, moved or merged later are
-the twin's, too.
+the twin's, too, and every module inside that needs no change. `Origin` tells when the rest of the layer has changed.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dynadepth.lora import RoutedLora
 from dynadepth.routing.call import CACHE_NAMES, SublayerCall
@@ -23,6 +24,8 @@ from dynadepth.routing.sublayer import PATH, ROUTER, RoutedNorm, RoutedSublayer,
 MIXINS = (RoutedSublayer, RoutedNorm, RoutedLora, WatchedGate)
 """What routing puts before classes of modules inside a layer."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+PLAN = "compiled_plan"
+"""Name of the attribute of a compiled layer that has its twins."""
 
 
 class StepStore:
@@ -108,9 +111,13 @@ class Parted(nn.Module):
 
 
 def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a module tree on the same parameters, with some modules replaced."""
-    if module in replaced:
-        return replaced[module]
+    """A copy of a module tree on the same parameters, with some modules replaced. Modules below the top that need no
+    change are shared."""
+    children = {
+        name: child if child is None else replaced[child] if child in replaced else _shared(child, replaced)
+        for name, child in module._modules.items()
+        if name not in (ROUTER, PATH)
+    }
     twin = copy.copy(module)
     routed = next((mixin for mixin in MIXINS if isinstance(module, mixin)), None)
     if routed is not None:
@@ -120,12 +127,71 @@ def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
     twin.training = False
     for hooks in HOOKS:
         vars(twin)[hooks] = OrderedDict()
-    vars(twin)["_modules"] = {
-        name: child if child is None else twin_of(child, replaced)
-        for name, child in module._modules.items()
-        if name not in (ROUTER, PATH)
-    }
+    vars(twin)["_modules"] = children
     return twin
+
+
+def _shared(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The module itself, or its twin where a module inside needs a change."""
+    return twin_of(module, replaced) if any(m in replaced or _needs_copy(m) for m in module.modules()) else module
+
+
+def _needs_copy(module: nn.Module) -> bool:
+    return isinstance(module, MIXINS) or any(vars(module)[hooks] for hooks in HOOKS)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside, but routers and skip paths, which twins have not."""
+    for name, child in module._modules.items():
+        if child is not None and name not in (ROUTER, PATH):
+            yield child
+            yield from _parts(child)
+
+
+class Origin:
+    """What a layer was when its twins were made. It holds no reference to the layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.parts = list(_parts(layer))
+        adapters = {part for lora in self.parts if isinstance(lora, RoutedLora) for part in (lora, *_parts(lora))}
+        near = [part for part in self.parts if part not in adapters]
+        self.copied = [part for part in near if _needs_copy(part)]
+        self.children = [part._modules for part in near if part._modules]
+        self.was = _attributes(layer)
+        self.copied_were, self.parts_were = ([_attributes(part) for part in some] for some in (self.copied, self.parts))
+        self.children_were = [dict(children) for children in self.children]
+        self.handles = RemovableHandle.next_id
+
+    def holds(self, layer: nn.Module, thoroughly: bool) -> bool:
+        """Is the layer what it was? `thoroughly`: in everything; else in what twins do not share: its modules, and the
+        attributes of those that were copied. Where a hook was registered anywhere it is looked at thoroughly."""
+        own = dict(vars(layer))
+        own.pop(PLAN, None)
+        try:
+            if own != self.was or self.children != self.children_were:
+                return False
+            if not thoroughly and self.handles == RemovableHandle.next_id:
+                return _vars(self.copied) == self.copied_were
+            handles = RemovableHandle.next_id
+            if _vars(self.parts) != self.parts_were:
+                return False
+        except (RuntimeError, ValueError):  # an attribute that is another tensor or array than before
+            return False
+        self.handles = handles
+        return True
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has, apart from the module."""
+    return {
+        name: value.copy() if name in ("_modules", *HOOKS) else value
+        for name, value in vars(module).items()
+        if name != PLAN
+    }
+
+
+def _vars(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    return [vars(module) for module in modules]
 
 
 def obstacle(layer: nn.Module) -> str | None:
@@ -133,6 +199,8 @@ def obstacle(layer: nn.Module) -> str | None:
     for name, module in layer.named_modules():
         if "forward" in vars(module) or "_old_forward" in vars(module):
             return f"{name or type(layer).__name__} has a forward of its own (accelerate's hooks set one)"
+        if not isinstance(module, RoutedLora) and any(c.__module__.startswith("peft.") for c in type(module).__mro__):
+            return f"{name or type(layer).__name__} is an adapter of PEFT's, which may change at any step"
         for kind in HOOKS:
             for hook in vars(module)[kind].values():
                 if not getattr(hook, "__module__", "").startswith(("transformers.utils.", "dynadepth.")):
