@@ -28,7 +28,7 @@ def compile_model(model: M) -> M:
     A step of one token runs each layer in a compiled form: executed by every row, by none, or by some; which of them is
     the route's to say, so that no route compiles anything anew. New keys and values are written into room kept for
     them. On a CPU linear layers in bfloat16 read their weight once for up to eight rows. Prefill, training and whatever
-    cannot be compiled take the ordinary way. Results are the same up to rounding.
+    cannot be compiled take the ordinary way. Results are the same up to rounding, also where layers are changed later.
 
     The first steps compile (some tens of seconds, kept by PyTorch for the next process). Raises ConfigError for a model
     that is compiled already, UnsupportedModelError where the layers do not answer as they should; it is then as it was.
