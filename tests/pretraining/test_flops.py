@@ -20,6 +20,25 @@ def vectors(model: torch.nn.Module) -> int:
     return sum(p.numel() for r in routing_of(model).routers().values() for p in r.parameters() if p.dim() == 1)
 
 
+def assert_exact(model, method):
+    """The meter's figures of a training step are those of torch's counter, and a route spends less than everything."""
+    if method:
+        attach(model, config_from_dict(method))
+    model.train()
+    ids = torch.randint(1, VOCABULARY, (ROWS, TOKENS))
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(input_ids=ids, labels=ids)
+        forward = counter.get_total_flops()
+        outputs.loss.backward()
+    executed = executed_of(getattr(outputs, "depth_trace", None))
+    meter, uncounted = FlopMeter(model), ROWS * TOKENS * (vectors(model) if method else 0)
+    assert meter.forward(ROWS, TOKENS, executed) - 2 * uncounted == forward
+    assert meter.training(ROWS, TOKENS, executed) - 6 * uncounted == counter.get_total_flops()
+    if method:
+        assert meter.training(ROWS, TOKENS, executed) < meter.training(ROWS, TOKENS)
+    return meter
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -37,20 +56,8 @@ def test_the_formula_is_the_counter(family, method):
     torch.manual_seed(0)
     model = bare(family, attn_implementation="eager")
     model.set_attn_implementation("eager")
+    meter = assert_exact(model, method)
     if method:
-        attach(model, config_from_dict(method))
-    model.train()
-    ids = torch.randint(1, VOCABULARY, (ROWS, TOKENS))
-    with FlopCounterMode(display=False) as counter:
-        outputs = model(input_ids=ids, labels=ids)
-        forward = counter.get_total_flops()
-        outputs.loss.backward()
-    executed = executed_of(getattr(outputs, "depth_trace", None))
-    meter, uncounted = FlopMeter(model), ROWS * TOKENS * (vectors(model) if method else 0)
-    assert meter.forward(ROWS, TOKENS, executed) - 2 * uncounted == forward
-    assert meter.training(ROWS, TOKENS, executed) - 6 * uncounted == counter.get_total_flops()
-    if method:
-        assert meter.training(ROWS, TOKENS, executed) < meter.training(ROWS, TOKENS)
         assert meter.forward(1, TOKENS) > meter.dense(TOKENS) or method.get("routing") == "stochastic"
 
 
@@ -82,17 +89,4 @@ def test_of_experts_those_count_that_compute(family, method):
     model = tiny(family)
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
-    if method:
-        attach(model, config_from_dict(method))
-    model.train()
-    ids = torch.randint(1, VOCABULARY, (ROWS, TOKENS))
-    with FlopCounterMode(display=False) as counter:
-        outputs = model(input_ids=ids, labels=ids)
-        forward = counter.get_total_flops()
-        outputs.loss.backward()
-    executed = executed_of(getattr(outputs, "depth_trace", None))
-    meter, uncounted = FlopMeter(model), ROWS * TOKENS * (vectors(model) if method else 0)
-    assert meter.forward(ROWS, TOKENS, executed) - 2 * uncounted == forward
-    assert meter.training(ROWS, TOKENS, executed) - 6 * uncounted == counter.get_total_flops()
-    if method:
-        assert meter.training(ROWS, TOKENS, executed) < meter.training(ROWS, TOKENS)
+    assert_exact(model, method)
