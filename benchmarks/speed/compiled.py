@@ -3,7 +3,8 @@
     python benchmarks/speed/compiled.py smollm2-135m --context 512 --out compiled.json
     python benchmarks/speed/compiled.py --table compiled.json
 
-Every model reads the same real prompt and then the same tokens, one at a time and in turns; a sample is one step.
+Every model reads the same real prompt and then the same tokens, one at a time; a sample is one step. They take turns of
+eight steps, the first of which is not counted: generation runs the steps of one model after another.
 
     plain           the model as transformers runs it
     compiled        the same under `dynadepth.compile`
@@ -22,6 +23,9 @@ import json
 import statistics
 import time
 from pathlib import Path
+
+TURN = 8
+"""Steps that a model takes before the next one's turn."""
 
 
 def models(model, int8: bool) -> dict:
@@ -73,24 +77,26 @@ def measure(made: dict, ids, context: int, cpu_time: bool) -> dict:
         for name, model in made.items():
             caches[name] = model(input_ids=ids[:, :context], use_cache=True, logits_to_keep=1).past_key_values
             steps[name], choices[name] = [], []
-        for place in range(context, ids.shape[1]):
-            mask = torch.ones(len(ids), place + 1, dtype=torch.long)
+        for begin in range(context, ids.shape[1], TURN):
             order = list(made)
-            for name in order[place % len(order) :] + order[: place % len(order)]:
-                start = clock()
-                out = made[name](
-                    input_ids=ids[:, place : place + 1],
-                    attention_mask=mask,
-                    past_key_values=caches[name],
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                seconds = clock() - start
-                choices[name].append(out.logits[:, -1].argmax(-1).tolist())
-                if place < context + 3:
-                    first[name] = first.get(name, 0.0) + seconds
-                else:
-                    steps[name].append(seconds)
+            shift = begin // TURN % len(order)
+            for name in order[shift:] + order[:shift]:
+                for place in range(begin, min(begin + TURN, ids.shape[1])):
+                    mask = torch.ones(len(ids), place + 1, dtype=torch.long)
+                    start = clock()
+                    out = made[name](
+                        input_ids=ids[:, place : place + 1],
+                        attention_mask=mask,
+                        past_key_values=caches[name],
+                        use_cache=True,
+                        logits_to_keep=1,
+                    )
+                    seconds = clock() - start
+                    choices[name].append(out.logits[:, -1].argmax(-1).tolist())
+                    if place < context + 3:
+                        first[name] = first.get(name, 0.0) + seconds
+                    elif place > begin:
+                        steps[name].append(seconds)
     plain = steps["plain"]
     return {
         name: {

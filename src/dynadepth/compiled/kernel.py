@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("small_linear.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
+THREADS = ("-fopenmp",)
+"""PyTorch's `parallel_for` is a header: without OpenMP it runs on one thread, and says nothing."""
+ONE_THREAD = ("-fopenmp-simd", "-DONE_THREAD")
+"""For a compiler that has no OpenMP."""
 MOST_ROWS = 8
 """Rows up to which a weight is read once; more pay for a library's matrix product."""
 
@@ -52,7 +56,7 @@ def _built(compiler: str) -> str:
     include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     links = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    told = (SOURCE.read_text(), torch.__version__, version, *FLAGS, platform.platform(), _processor())
+    told = (SOURCE.read_text(), torch.__version__, version, *FLAGS, *THREADS, platform.platform(), _processor())
     key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "dynadepth"
     target = folder / f"small_linear-{key}.so"
@@ -60,8 +64,15 @@ def _built(compiler: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at once
             output = Path(scratch) / target.name
-            command = [compiler, *FLAGS, *include, str(SOURCE), "-o", str(output), *links]
-            subprocess.run(command, capture_output=True, text=True, check=True)
+
+            def build(threads: tuple[str, ...]) -> None:
+                command = [compiler, *FLAGS, *threads, *include, str(SOURCE), "-o", str(output), *links]
+                subprocess.run(command, capture_output=True, text=True, check=True)
+
+            try:
+                build(THREADS)
+            except subprocess.CalledProcessError:
+                build(ONE_THREAD)
             output.replace(target)
     return str(target)
 

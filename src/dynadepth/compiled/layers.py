@@ -66,10 +66,11 @@ def compiled_step() -> Step:
 
     Every call of every layer is checked against what it was compiled for; left out is what cannot change without the
     program itself changing (two thirds of the checks): globals of modules, and the kinds of `SETTLED`, unless they tell
-    layers apart.
+    layers apart. What was compiled does not check sizes once more.
     """
     own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
-    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _matters})
+    asserts: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _matters, **asserts})
 
 
 def _matters(guards: Any) -> list[bool]:

@@ -8,6 +8,9 @@
 #include <torch/library.h>
 
 #include <cstring>
+#if !defined(_OPENMP) && !defined(ONE_THREAD)
+#error "OpenMP is off: at::parallel_for would run on one thread"
+#endif
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define WIDE 1
