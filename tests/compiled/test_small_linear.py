@@ -1,4 +1,4 @@
-"""Products of a few rows: the kernel against float32."""
+"""Products of a few rows, and linear skip paths: the kernels against the plain way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dynadepth.compiled import kernel, linear
+from dynadepth.routing.skip_path import LinearPath, Memory
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +65,37 @@ def test_a_model_uses_it_for_a_few_rows_without_gradients() -> None:
 
 def test_other_dtypes_stay_as_they_are() -> None:
     assert linear.make_small(nn.Linear(8, 8)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "rank", "rows"), [(64, 8, 1), (576, 64, 3), (37, 5, 2), (640, 64, 9)])
+def test_one_token_of_a_skip_path_is_one_kernel(dtype: torch.dtype, width: int, rank: int, rows: int) -> None:
+    torch.manual_seed(rank)
+    path = LinearPath(width, rank)
+    nn.init.normal_(path.write, std=0.3)
+    nn.init.normal_(path.bias)
+    path.to(dtype)
+    hidden = torch.randn(rows, 3, width).to(dtype)
+    tokens = hidden.split(1, 1)
+
+    def steps() -> tuple[list[torch.Tensor], Memory]:
+        memory, found = path.begin(rows, hidden), []
+        for token in tokens:
+            contribution, memory = path(token, None, memory)
+            found.append(contribution)
+        return found, memory
+
+    with torch.no_grad():
+        expected, memory = steps()
+        made = linear.make_small(nn.ModuleList([path]))
+        assert made == [path]
+        with torch.profiler.profile() as profile:
+            found, after = steps()
+    assert sum(e.count for e in profile.key_averages() if e.key == "dynadepth::path_step") == 3
+    largest = max(t.abs().max().item() for t in expected)
+    loose = {"atol": (16 if dtype is torch.float32 else 4) * torch.finfo(dtype).eps * largest, "rtol": 0}
+    torch.testing.assert_close(found, expected, **loose)
+    for name in ("last", "total", "count"):
+        torch.testing.assert_close(getattr(after, name), getattr(memory, name), **loose)
+    linear.make_plain(made)
+    assert type(path) is LinearPath

@@ -1,7 +1,7 @@
 """Interleaved timing: several models do the same work in turns, so that drift of the machine hits all of them alike.
 
-One round prefills every model and then decodes with all of them, token by token in turn, each on its own filled cache.
-The tokens fed while decoding are the text's own, so that all models read the same. The order of the models rotates.
+One round prefills every model and then decodes with all of them, one after the other, each on its own filled cache. The
+tokens fed while decoding are the text's own, so that all models read the same. The order of the models rotates.
 
 Shape suffixes: B sequences, T tokens.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dynadepth.architectures import decoder_layers
-from dynadepth.benchmark.memory import cache_bytes, peak_watch
+from dynadepth.benchmark.memory import cache_bytes, keep_freed, peak_watch
 from dynadepth.cost import PARTS
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
@@ -114,8 +114,9 @@ def measure(
 
     The first round looks at memory, too. `repeats` rounds, or fewer (but `FEWEST`) where they take longer than
     `at_most` seconds. Every cache is checked to hold the context before its first step, and all tokens after the last
-    one.
+    one. Freed memory stays with the process from the first call on (`keep_freed`), for all models alike.
     """
+    keep_freed()
     samples = {name: Samples() for name in models}
     device = work.ids_BT.device
     with torch.no_grad(), _quiet_collector():
@@ -138,8 +139,8 @@ def measure(
                 check_length(models[name], caches[name], work.context)
                 samples[name].kv_bytes["prefill"] = held_bytes(caches[name])
                 work.go_ahead(models[name], caches[name])
-            for index in range(steps):
-                for name in _rotated(models, index):
+            for name in _rotated(models, round_):
+                for index in range(steps):  # one model's after each other, as `generate` runs them
                     seconds, _ = _timed(partial(work.step, models[name], caches[name], index), device)
                     if round_ >= 0:
                         samples[name].decode.append(seconds)

@@ -1,4 +1,4 @@
-"""Builds and loads `small_linear.cpp`, the product of a few rows with a weight that is read once, on CPUs.
+"""Builds and loads `decode.cpp`: products of a few rows with weights that are read once, on CPUs.
 
 Built by the machine's C++ compiler at the first use, for this processor, and kept where PyTorch keeps its extensions
 (`TORCH_EXTENSIONS_DIR`, by default `~/.cache/torch_extensions`).
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("small_linear.cpp")
+SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 THREADS = ("-fopenmp",)
 """PyTorch's `parallel_for` is a header: without OpenMP it runs on one thread, and says nothing."""
@@ -30,7 +30,8 @@ MOST_ROWS = 8
 
 @cache
 def load() -> str | None:
-    """Registers `torch.ops.dynadepth.small_linear`. Returns None, or in a few words why it cannot be had here."""
+    """Registers `torch.ops.dynadepth.small_linear` and `path_step`. Returns None, or in a few words why they cannot be
+    had here."""
     if hasattr(torch.ops.dynadepth, "small_linear"):
         return None
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -42,11 +43,18 @@ def load() -> str | None:
         said = getattr(error, "stderr", "") or str(error)
         return f"{compiler} could not build it: {said.strip().splitlines()[0] if said.strip() else error!r}"
     torch.library.register_fake("dynadepth::small_linear")(_shape)
+    torch.library.register_fake("dynadepth::path_step")(_shapes)
     return None
 
 
 def _shape(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _shapes(
+    x: Tensor, read: Tensor, write: Tensor, bias: Tensor, last: Tensor, total: Tensor, count: Tensor
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), torch.empty_like(last), torch.empty_like(total), torch.empty_like(count)
 
 
 def _built(compiler: str) -> str:
@@ -59,7 +67,7 @@ def _built(compiler: str) -> str:
     told = (SOURCE.read_text(), torch.__version__, version, *FLAGS, *THREADS, platform.platform(), _processor())
     key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "dynadepth"
-    target = folder / f"small_linear-{key}.so"
+    target = folder / f"decode-{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at once

@@ -1,4 +1,5 @@
-"""Linear layers that read their weight once where a forward brings a few rows, as a decode step does, on a CPU.
+"""Linear layers, and linear skip paths, that read their weight once where a forward brings a few rows, as a decode step
+does, on a CPU.
 
 Of bfloat16 weights: PyTorch rearranges every weight for its matrix product first, which takes longer than the product.
 Of torchao's int8 weights with one scale a row: torchao widens them for a product in the model's dtype.
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadepth.compiled import kernel
+from dynadepth.routing.skip_path import LinearPath, Memory, Reality
 from dynadepth.routing.sublayer import restore_class, swap_class
 
 
@@ -58,8 +60,38 @@ class SmallInt8Linear:
         return super().forward(input)  # type: ignore[misc]  # mixed into nn.Linear
 
 
+class SmallPath:
+    """Mixin put before `LinearPath`: one token of unpadded rows, without gradients, is one kernel."""
+
+    read: Tensor
+    write: Tensor
+    bias: Tensor
+
+    def forward(
+        self, hidden: Tensor, reality: Reality | None = None, memory: Memory | None = None
+    ) -> tuple[Tensor, Memory | None]:
+        if (
+            not torch.is_grad_enabled()
+            and memory is not None
+            and memory.past is None
+            and reality is None
+            and hidden.shape[1] == 1
+            and hidden.dtype in (torch.bfloat16, torch.float32)
+            and hidden.dtype is self.read.dtype is memory.last.dtype
+            and hidden.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            given = (hidden, self.read, self.write, self.bias, memory.last, memory.total, memory.count)
+            contribution, *after = torch.ops.dynadepth.path_step(*given)
+            return contribution, Memory(*after)
+        return super().forward(hidden, reality, memory)  # type: ignore[misc]  # mixed into LinearPath
+
+
 def mixin_for(module: nn.Module) -> type | None:
-    """What to put before this module: a plain linear layer of bfloat16 or int8 weights on a CPU; None for others."""
+    """What to put before this module: a plain linear layer of bfloat16 or int8 weights, or a linear skip path, on a
+    CPU; None for others."""
+    if type(module) is LinearPath:
+        return SmallPath if module.read.device.type == "cpu" and not module.unit_input else None
     weight: Any = getattr(module, "weight", None)
     if type(module) is not nn.Linear or "forward" in vars(module) or weight.device.type != "cpu":
         return None
@@ -86,7 +118,7 @@ def _int8_parts(weight: Any) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def make_small(model: nn.Module) -> list[nn.Module]:
-    """Puts such a mixin before every linear layer that has one; returns them."""
+    """Puts such a mixin before every module that has one; returns them."""
     chosen = [(module, mixin) for module in model.modules() if (mixin := mixin_for(module)) is not None]
     for module, mixin in chosen:
         if mixin is SmallInt8Linear:
@@ -99,8 +131,7 @@ def make_small(model: nn.Module) -> list[nn.Module]:
 def make_plain(modules: list[nn.Module]) -> None:
     """Undoes `make_small`."""
     for module in modules:
-        if isinstance(module, SmallInt8Linear):
-            restore_class(module, SmallInt8Linear)
+        mixin = next(mixin for mixin in (SmallLinear, SmallInt8Linear, SmallPath) if isinstance(module, mixin))
+        restore_class(module, mixin)
+        if mixin is SmallInt8Linear:
             del module.int8_parts
-        else:
-            restore_class(module, SmallLinear)

@@ -1,13 +1,19 @@
-// Linear layers of few rows: y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]), accumulated in float32.
+// What a decode step does with few rows, accumulated in float32.
 //
+// Linear layers: y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]).
 // A decode step reads every weight once for one row (or a few), so memory is the limit; libraries made for large
 // matrices first rearrange the weight, which costs more than the product. Here weights are read as they lie.
 // Weights are float32, bfloat16, or int8 with one scale a row; x and y have one floating type.
+//
+// Linear skip paths: one token of `LinearPath` in one call, in place of a score of small ones.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <cstring>
+#include <algorithm>
+#include <tuple>
+#include <vector>
 #if !defined(_OPENMP) && !defined(ONE_THREAD)
 #error "OpenMP is off: at::parallel_for would run on one thread"
 #endif
@@ -178,9 +184,81 @@ at::Tensor small_linear(const at::Tensor& x, const at::Tensor& w, const std::opt
   return y;
 }
 
+// sums[n] = sum_k x[k] * w[k, n], w [K, N].
+template <typename T>
+void columns(const float* x, const T* w, int64_t K, int64_t N, float* sums) {
+  constexpr int64_t BLOCK = 64;
+  for (int64_t n = 0; n < N; n += BLOCK) {
+    const int64_t width = std::min(BLOCK, N - n);
+    float acc[BLOCK] = {};
+    if (width == BLOCK) {
+      for (int64_t k = 0; k < K; ++k)
+#pragma omp simd
+        for (int64_t j = 0; j < BLOCK; ++j) acc[j] += x[k] * widen(w[k * N + n + j]);
+    } else {
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t j = 0; j < width; ++j) acc[j] += x[k] * widen(w[k * N + n + j]);
+    }
+    std::copy(acc, acc + width, sums + n);
+  }
+}
+
+template <typename T>
+float rounded(float v) { return static_cast<float>(static_cast<T>(v)); }
+
+template <typename T>
+void path_rows(const at::Tensor& x, const at::Tensor& read, const at::Tensor& write, const at::Tensor& bias,
+               const at::Tensor& last, const at::Tensor& total, const at::Tensor& count, at::Tensor& y,
+               at::Tensor& new_last, at::Tensor& new_total, at::Tensor& new_count) {
+  const int64_t D = read.size(0), r = write.size(0);
+  const at::Tensor whole = x.contiguous();
+  std::vector<float> state(D), features(3 * r), mixed(r), output(D);
+  for (int64_t row = 0; row < count.size(0); ++row) {
+    const T* in = whole.const_data_ptr<T>() + row * D;
+    std::transform(in, in + D, state.begin(), [](T v) { return widen(v); });
+    columns(state.data(), read.const_data_ptr<T>(), D, 3 * r, features.data());
+    const float seen = count.const_data_ptr<float>()[row] + 1;
+    for (int64_t j = 0; j < r; ++j) {  // each sum is rounded where the same in tensors is
+      const float before = static_cast<float>(last.const_data_ptr<T>()[row * r + j]);
+      const float sum = total.const_data_ptr<float>()[row * r + j] + rounded<T>(features[2 * r + j]);
+      mixed[j] = rounded<T>(rounded<T>(rounded<T>(features[j]) + before) + rounded<T>(sum / seen));
+      new_last.data_ptr<T>()[row * r + j] = static_cast<T>(features[r + j]);
+      new_total.data_ptr<float>()[row * r + j] = sum;
+    }
+    new_count.data_ptr<float>()[row] = seen;
+    columns(mixed.data(), write.const_data_ptr<T>(), r, D, output.data());
+    for (int64_t d = 0; d < D; ++d)
+      y.data_ptr<T>()[row * D + d] = static_cast<T>(rounded<T>(output[d]) + widen(bias.const_data_ptr<T>()[d]));
+  }
+}
+
+// x [n, 1, D]; read [D, 3r], write [r, D], bias [D] of x's type; memory: last [n, r] of x's type, total [n, r] and
+// count [n] float32. The contribution [n, 1, D] and the memory after it.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> path_step(
+    const at::Tensor& x, const at::Tensor& read, const at::Tensor& write, const at::Tensor& bias,
+    const at::Tensor& last, const at::Tensor& total, const at::Tensor& count) {
+  for (const at::Tensor* t : {&read, &write, &bias, &last})
+    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == x.scalar_type(), "contiguous parts of one type expected");
+  for (const at::Tensor* t : {&total, &count})
+    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat, "contiguous float32 sums expected");
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor new_last = at::empty_like(last), new_total = at::empty_like(total), new_count = at::empty_like(count);
+  if (x.scalar_type() == at::kFloat) {
+    path_rows<float>(x, read, write, bias, last, total, count, y, new_last, new_total, new_count);
+  } else {
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16, "input of type ", x.scalar_type());
+    path_rows<at::BFloat16>(x, read, write, bias, last, total, count, y, new_last, new_total, new_count);
+  }
+  return {y, new_last, new_total, new_count};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dynadepth, library) {
   library.def("small_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   library.impl("small_linear", c10::DispatchKey::CPU, &small_linear);
+  library.def(
+      "path_step(Tensor x, Tensor read, Tensor write, Tensor bias, Tensor last, Tensor total, Tensor count) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  library.impl("path_step", c10::DispatchKey::CPU, &path_step);
 }
