@@ -12,6 +12,7 @@ from dynadepth.benchmark import cut_prompts, pruned_twin, run
 from dynadepth.benchmark.latency import execute_all_copy
 from dynadepth.benchmark.memory import cache_bytes, peak_watch
 from dynadepth.benchmark.timing import Work, check_length, measure, spread
+from dynadepth.benchmark.variants import Variant
 from dynadepth.errors import ConfigError, DataError
 from parity.models import VOCABULARY, tiny
 
@@ -125,6 +126,20 @@ def test_execute_all_asks_the_routers_at_a_budget_of_one_too():
     with torch.no_grad():
         copy(ids(1, 9))
     assert len(asked) == len(routers)
+
+
+def test_compiled_models_stand_beside_the_plain_one(monkeypatch):
+    made = []
+    monkeypatch.setattr("dynadepth.benchmark.latency.compile_model", lambda one: made.append(one) or one)
+    model = routed(skip={0: True})
+    cells = cells_of(model, compare=[Variant.parse("static@0.5")], compiled=True)
+    assert len(made) == len({id(one) for one in made}) == 6  # dense, routed, execute_all, static; two pruned twins
+    assert model not in made
+    assert all(cell["plain_s"] > 0 for cell in cells.values())
+    for (variant, _), cell in cells.items():
+        assert {"plain", "dense", variant} <= set(cell["tokens_per_s"])
+        assert cell["plain_s"] != cell["dense_s"]
+    assert all(cell["plain_s"] is None for cell in cells_of(model).values())
 
 
 def test_static_routes_and_models_without_routers():

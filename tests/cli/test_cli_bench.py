@@ -109,9 +109,10 @@ def test_tables_fit_a_pipe():
     bench = importlib.import_module("dynadepth.cli.bench")
     cell = {
         "variant": "token-project@0.75", "batch": 16, "context": 4096, "phase": "prefill", "dtype": "bfloat16",
-        "dense_s": 45.4567, "routed_s": 45.4567, "pruned_s": 45.4567, "spread": 0.123, "speedup": 12.345,
+        "dense_s": 45.4567, "routed_s": 45.4567, "pruned_s": 45.4567, "plain_s": 45.4567,
+        "spread": 0.123, "speedup": 12.345,
         "ideal_saving": 0.9, "skip_efficiency": None, "nominal_efficiency": -12.345, "beyond_positions": True,
-        "tokens_per_s": {"dense": 12345.6, "token-project@0.75": 12345.6}, "kv_bytes_dense": 2**34,
+        "tokens_per_s": {"plain": 23456.7, "dense": 12345.6, "token-project@0.75": 12345.6}, "kv_bytes_dense": 2**34,
         "kv_bytes_routed": 2**34, "peak_bytes": {"dense": 2**34, "token-project@0.75": 2**34},
     }  # fmt: skip
     console = Console(width=120, highlight=False, record=True)
@@ -119,6 +120,15 @@ def test_tables_fit_a_pipe():
         patch.setattr(bench, "out", lambda: console)
         bench.show([cell])
     text = console.export_text()
-    for part in ("token-project@0.75", "16×4096", "45,456.70", "(-12.35)", "12,345.6", "16,384.0", "100.0 %"):
+    for part in (
+        "token-project@0.75",
+        "16×4096",
+        "45,456.70",
+        "(-12.35)",
+        "12,345.6",
+        "23,456.7",
+        "16,384.0",
+        "100.0 %",
+    ):
         assert part in text
     assert "…" not in text

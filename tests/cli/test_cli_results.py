@@ -60,7 +60,10 @@ def test_help_lists_every_verb_and_needs_no_torch():
         ),
         ("eval", "--routers --budget --control --tasks --task-data --limit --perplexity --compare-dense --json"),
         ("generate", "--routers --budget --prompt --prompts --max-new-tokens --show-route --compile --json"),
-        ("bench", "--routers --budget --batch --context --compare --seconds --new-tokens --json --resume --figure"),
+        (
+            "bench",
+            "--routers --budget --batch --context --compare --seconds --new-tokens --compile --json --resume --figure",
+        ),
         ("demo", "--out --seed"),
         (
             "frontier",
@@ -117,6 +120,26 @@ def test_generate_compiled_answers_the_same(answered, model_folder, routers_fold
     plain, _ = answered(*words, "--max-new-tokens", 5)
     compiled, _ = answered(*words, "--max-new-tokens", 5, "--compile")
     assert compiled["outputs"] == plain["outputs"]
+
+
+@pytest.mark.slow
+def test_bench_compiled_stands_beside_plain(answered, model_folder, routers_folder):
+    document, result = answered(
+        "bench",
+        model_folder,
+        "--routers",
+        routers_folder,
+        "--context",
+        4,
+        "--new-tokens",
+        2,
+        "--repeats",
+        2,
+        "--compile",
+    )
+    assert all(cell["plain_s"] > 0 for cell in document["cells"])
+    assert document["provenance"]["bench"]["compile"] is True
+    assert "plain: the dense model, not compiled" in result.stdout
 
 
 def test_generate_json(answered, model_folder, routers_folder):

@@ -68,7 +68,7 @@ def test_other_dtypes_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("width", "rank", "rows"), [(64, 8, 1), (576, 64, 3), (37, 5, 2), (640, 64, 9)])
+@pytest.mark.parametrize(("width", "rank", "rows"), [(64, 8, 1), (576, 64, 3), (37, 5, 2), (640, 64, 8)])
 def test_one_token_of_a_skip_path_is_one_kernel(dtype: torch.dtype, width: int, rank: int, rows: int) -> None:
     torch.manual_seed(rank)
     path = LinearPath(width, rank)

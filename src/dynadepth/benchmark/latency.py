@@ -28,6 +28,7 @@ from dynadepth.benchmark.ideal import ideal_saving
 from dynadepth.benchmark.pruned import bare_twin, pruned_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
 from dynadepth.benchmark.variants import Variant, applicable, build, drawn_sites, settling
+from dynadepth.compiled import compile_model
 from dynadepth.cost import flops, flops_share
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.routed import is_attached, routing_of
@@ -57,6 +58,7 @@ def grid(
     seconds: float | None = None,
     variants: Iterable[str] = ("routed", "execute_all"),
     compare: Iterable[Variant] = (),
+    compiled: bool = False,
     finished: Collection[tuple[int, int]] = (),
     progress: Callable[[str], object] | None = None,
 ) -> Iterator[list[Cell]]:
@@ -65,9 +67,11 @@ def grid(
 
     `prompts_ids`: int64 `[at least the largest batch, at least the largest context + new_tokens]`, as `cut_prompts`
     makes them. `variants` are of the given model's own routers: one without any has cells of what is in `compare`, or
-    of the variant `dense` alone. `seconds`: no further round (of `repeats`) is begun at a point once its rounds have
-    taken as long, though two always run. `finished` points are left out. `progress` is told what runs, in words.
-    Raises `DataError` for too few or too short prompts and `ConfigError` for values that make no cell.
+    of the variant `dense` alone. `compiled`: every model decodes as `dynadepth.compile` makes it, and beside them
+    stands the bare one, not compiled (`plain_s`; null otherwise). `seconds`: no further round (of `repeats`) is begun
+    at a point once its rounds have taken as long, though two always run. `finished` points are left out. `progress` is
+    told what runs, in words. Raises `DataError` for too few or too short prompts and `ConfigError` for values that make
+    no cell.
 
     Times are medians in seconds of the `unit` for the whole batch; `spread` is the largest interquartile range over
     median among them. Beyond the keys of the command line's contract a cell has `saving` (1 - routed over dense) and
@@ -80,7 +84,7 @@ def grid(
     batches, contexts, variants, compare = list(batches), list(contexts), list(variants), list(compare)
     _check(prompts_ids, batches, contexts, new_tokens, repeats, variants, seconds)
     model.eval()
-    bench = _Bench(model, variants, compare, repeats, seconds)
+    bench = _Bench(model, variants, compare, compiled, repeats, seconds)
     device = next(model.parameters()).device
     for batch in batches:
         for context in contexts:
@@ -114,18 +118,20 @@ class _Bench:
         model: PreTrainedModel,
         variants: Sequence[str],
         compare: Sequence[Variant],
+        compiled: bool,
         repeats: int,
         seconds: float | None,
     ) -> None:
-        self.dense, self.repeats, self.seconds = bare_twin(model), repeats, seconds
+        self.plain, self.repeats, self.seconds, self.compiled = bare_twin(model), repeats, seconds, compiled
+        self.dense = self._finished(bare_twin(model)) if compiled else self.plain
         self.own: dict[str, PreTrainedModel] = {}
         if is_attached(model):
             copies: dict[str, Callable[[], PreTrainedModel]] = {
-                "routed": lambda: model,
-                "execute_all": lambda: execute_all_copy(model),
+                "routed": lambda: self._finished(shared_copy(model).eval()) if compiled else model,
+                "execute_all": lambda: self._finished(execute_all_copy(model)),
             }
             self.own = {name: copies[name]() for name in copies if name in variants}
-        self.compared = {variant: build(self.dense, variant) for variant in compare}
+        self.compared = {variant: self._finished(build(self.plain, variant)) for variant in compare}
         self.pruned: dict[_Twin, PreTrainedModel] = {}
         self.cold = True
         """Nothing has run yet: the first point has a round that warms up."""
@@ -144,13 +150,15 @@ class _Bench:
         twin_of = self._twins(routed, shares)
         label = {twin: f"pruned {i}" for i, twin in enumerate(dict.fromkeys(twin_of.values()))}
         models = {"dense": self.dense, **routed, **{name: self._pruned(twin) for twin, name in label.items()}}
+        if self.compiled:
+            models["plain"] = self.plain
         samples = measure(
             models,
             work,
             repeats=self.repeats,
             at_most=self.seconds,
-            generate=[name for name in ("dense", "execute_all") if "execute_all" in routed],
-            warm=self.cold,
+            generate=[name for name in ("dense", "execute_all", "plain") if name in models and "execute_all" in routed],
+            warm=self.cold or self.compiled,  # a batch of another size may compile
             progress=tell,
         )
         self.cold = False
@@ -170,8 +178,11 @@ class _Bench:
 
     def _pruned(self, twin: _Twin) -> PreTrainedModel:
         if twin not in self.pruned:
-            self.pruned[twin] = pruned_twin(self.dense, twin.absent, twin.twice)
+            self.pruned[twin] = self._finished(pruned_twin(self.plain, twin.absent, twin.twice))
         return self.pruned[twin]
+
+    def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
+        return compile_model(model) if self.compiled else model
 
     def _twins(self, routed: Mapping[str, PreTrainedModel], shares: Mapping[str, Shares]) -> dict[str, _Twin]:
         """For each model with a pruned twin to be compared with: what that one lacks, and has twice."""
@@ -184,7 +195,7 @@ class _Bench:
                 twice = frozenset(site for site, kept in shares["routed"]["prefill"].items() if kept[0] > 1.0)
             found["routed"] = _Twin(absent, twice)
         for variant in self.compared:
-            if str(variant) in routed and (skipped := drawn_sites(self.dense, variant.keep)):
+            if str(variant) in routed and (skipped := drawn_sites(self.plain, variant.keep)):
                 found[str(variant)] = _Twin(skipped, frozenset())
         return found
 
@@ -222,7 +233,8 @@ def _by_row(routes: Mapping[Site, Sequence[int]]) -> dict[Site, list[float]]:
 
 
 def _cell(model: PreTrainedModel, work: Work, name: str, phase: str, samples: Mapping[str, Samples]) -> Cell:
-    times: dict[str, list[float]] = {n: getattr(samples[n], phase) for n in dict.fromkeys(("dense", name))}
+    names = [n for n in dict.fromkeys(("dense", name, "plain")) if n in samples]
+    times: dict[str, list[float]] = {n: getattr(samples[n], phase) for n in names}
     spreads = {n: spread(values) for n, values in times.items()}
     after = "prefill" if phase == "prefill" else "decode"
     dense_s = median(times["dense"])
@@ -238,6 +250,7 @@ def _cell(model: PreTrainedModel, work: Work, name: str, phase: str, samples: Ma
         "dense_s": dense_s,
         "routed_s": routed_s,
         "pruned_s": None,
+        "plain_s": median(times["plain"]) if times.get("plain") else None,
         "spread": _largest(spreads),
         "speedup": dense_s / routed_s if routed_s else None,
         "skip_efficiency": None,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Cache
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Names of `mallopt(3)`."""
 
 
@@ -21,10 +21,25 @@ def keep_freed() -> None:
     By default large activations go back to the system and cost fresh pages at the next prefill, more or fewer by what
     else lies in the heap: a tenth of its time and more, which hides what is to be compared.
     """
+    _tell_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+@contextlib.contextmanager
+def giving_back() -> Iterator[None]:
+    """Inside, every large tensor has pages of its own, given back with it, so that a peak is a peak; then as
+    `keep_freed` has it."""
+    _tell_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**17, M_TRIM_THRESHOLD: 2**17})
+    try:
+        yield
+    finally:
+        keep_freed()
+
+
+def _tell_malloc(settings: dict[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         c = ctypes.CDLL("libc.so.6")
-        c.mallopt(M_MMAP_MAX, 0)
-        c.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        for name, value in settings.items():
+            c.mallopt(name, value)
 
 
 def peak_watch(device: torch.device) -> Callable[[], int | None]:

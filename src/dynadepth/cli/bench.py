@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynadepth.cli import options
-from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, say, table, write_json
+from dynadepth.cli.session import noting, number, open_model, out, percent, progress, reporting, say, table, write_json
 from dynadepth.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def bench(
         float | None,
         typer.Option("--seconds", metavar="S", help="No further round at a point after S seconds (2 always run)."),
     ] = None,
+    compiled: options.Compile = False,
     dtype: options.Dtype = "auto",
     json_file: options.Json = None,
     resume: Annotated[
@@ -103,11 +104,12 @@ def bench(
             "new_tokens": new_tokens,
             "repeats": repeats,
             "seconds": seconds,
+            "compile": compiled,
         }
         if resume and json_file is not None:
             kept += resumed(json_file, provenance)
         prompts = cut_prompts(tokenizer, count=max(batches), length=max(contexts) + new_tokens)
-        with progress("timing") as tell:
+        with noting(), progress("timing") as tell:
             for cells in grid(
                 loaded,
                 prompts,
@@ -117,6 +119,7 @@ def bench(
                 repeats=repeats,
                 seconds=seconds,
                 compare=compared,
+                compiled=compiled,
                 finished=points(kept),
                 progress=tell,
             ):
@@ -162,12 +165,21 @@ def show(cells: list[dict[str, Any]]) -> None:
             _mib(cell["peak_bytes"]["dense"]),
             _mib(cell["peak_bytes"][own]),
         )
-    notes = ["ideal: the speed-up by FLOPs (prefill) or bytes read (decode)"]
+    parts, notes = [times, rates], ["ideal: the speed-up by FLOPs (prefill) or bytes read (decode)"]
+    if plain := [cell for cell in cells if cell["plain_s"] is not None]:
+        notes.append("plain: the dense model, not compiled; the others are")
+        against = table("Compiled, times as fast as plain", *keys, "plain tokens/s", "dense", "routed", "pruned")
+        for cell in plain:
+            place = (cell["variant"], f"{cell['batch']}×{cell['context']}", cell["phase"])
+            rate = number(cell["tokens_per_s"]["plain"], 1)
+            others = (cell[name] for name in ("dense_s", "routed_s", "pruned_s"))
+            against.add_row(*place, rate, *(_times(cell["plain_s"] / s if s else None) for s in others))
+        parts.append(against)
     if any(c["skip_efficiency"] is None and c["nominal_efficiency"] is not None for c in cells):
         notes.append("(efficiency): of the nominal saving, where rows or tokens differ")
     if beyond := sorted({c["context"] for c in cells if c["beyond_positions"]}):
         notes.append(f"longer than this model was made for: {', '.join(map(str, beyond))} (times hold, texts do not)")
-    for part in (times, rates):
+    for part in parts:
         out().print(part)
     out().print("; ".join(notes), markup=False)
 

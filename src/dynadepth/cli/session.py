@@ -140,16 +140,22 @@ def open_model(
     return model, tokenizer
 
 
+@contextmanager
+def noting() -> Iterator[None]:
+    """Says in a line each what is warned of inside, once."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning)):
+        say(message, "yellow", "note: ")
+
+
 def compile_decode(model: PreTrainedModel) -> None:
     """Compiles the model's decode in place; what stays uncompiled is said in a line."""
     from dynadepth.compiled import compile_model
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with noting():
         compile_model(model)
-    for warning in said:
-        if issubclass(warning.category, UserWarning):
-            say(str(warning.message), "yellow", "note: ")
 
 
 def write_json(path: Path | None, document: dict[str, Any], quiet: bool = False) -> None:

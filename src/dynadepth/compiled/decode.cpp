@@ -212,8 +212,8 @@ void path_rows(const at::Tensor& x, const at::Tensor& read, const at::Tensor& wr
                at::Tensor& new_last, at::Tensor& new_total, at::Tensor& new_count) {
   const int64_t D = read.size(0), r = write.size(0);
   const at::Tensor whole = x.contiguous();
-  std::vector<float> state(D), features(3 * r), mixed(r), output(D);
-  for (int64_t row = 0; row < count.size(0); ++row) {
+  auto one = [&](int64_t row) {
+    std::vector<float> state(D), features(3 * r), mixed(r), output(D);
     const T* in = whole.const_data_ptr<T>() + row * D;
     std::transform(in, in + D, state.begin(), [](T v) { return widen(v); });
     columns(state.data(), read.const_data_ptr<T>(), D, 3 * r, features.data());
@@ -229,7 +229,10 @@ void path_rows(const at::Tensor& x, const at::Tensor& read, const at::Tensor& wr
     columns(mixed.data(), write.const_data_ptr<T>(), r, D, output.data());
     for (int64_t d = 0; d < D; ++d)
       y.data_ptr<T>()[row * D + d] = static_cast<T>(rounded<T>(output[d]) + widen(bias.const_data_ptr<T>()[d]));
-  }
+  };
+  at::parallel_for(0, count.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) one(row);
+  });
 }
 
 // x [n, 1, D]; read [D, 3r], write [r, D], bias [D] of x's type; memory: last [n, r] of x's type, total [n, r] and

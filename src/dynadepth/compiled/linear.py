@@ -76,6 +76,7 @@ class SmallPath:
             and memory.past is None
             and reality is None
             and hidden.shape[1] == 1
+            and len(hidden) <= kernel.MOST_ROWS
             and hidden.dtype in (torch.bfloat16, torch.float32)
             and hidden.dtype is self.read.dtype is memory.last.dtype
             and hidden.device.type == "cpu"
