@@ -32,6 +32,7 @@ from dynadepth.routing.skip_path import skip_path_named
 from dynadepth.routing.sublayer import (
     PATH,
     ROUTER,
+    EntryNorm,
     RoutedNorm,
     RoutedSublayer,
     SublayerState,
@@ -95,8 +96,11 @@ def attach(model: M, config: DepthConfig) -> M:
                 state.project = probing.kv_projector(base, spec, bare, site.layer, attention, is_block)
             routing.states[site] = state
         normalised = {index: inspect_gate(gate, bare.outputs[gate]) for index, gate in routing.gates.items()}
+        entries = {site: norm for site in routing.sites if (norm := _entry(routing, layers[site.layer])) is not None}
+        if entries and not probing.alone_read(base, list(entries.values()), modules):
+            entries = {}
     _watch(routing, normalised)
-    _install(base, routing, modules, freeze=base is model and not config.trains_base)
+    _install(base, routing, modules, entries, freeze=base is model and not config.trains_base)
     try:
         with probing.quietly(base), injecting(routing, {}):
             probing.check_same(base, bare, probing.ask(base)[0])
@@ -134,6 +138,14 @@ def _norms(target: Target, spec: ArchitectureSpec, layer: nn.Module) -> tuple[nn
     return getattr(layer, names[1]) if names[1] else None, names[0] is None
 
 
+def _entry(routing: Routing, layer: nn.Module) -> nn.Module | None:
+    """The norm before a target's module, where a skip can be known before it and leaves nothing to read there."""
+    names = {"attention": routing.spec.attention_norms, "mlp": routing.spec.mlp_norms}.get(routing.target.name)
+    if names is None or names[0] is None or not routing.granularity.sticky or routing.config.skip_path != "identity":
+        return None
+    return getattr(layer, names[0])
+
+
 def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_layers: int) -> Routing:
     target, granularity = target_named(config.target), granularity_named(config.granularity)
     chosen = config.routed_layers(n_layers)
@@ -166,7 +178,9 @@ def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_
     return Routing(config, spec, target, granularity, n_layers, sites)
 
 
-def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], freeze: bool) -> None:
+def _install(
+    base: PreTrainedModel, routing: Routing, modules: list[nn.Module], entries: Mapping[Site, nn.Module], freeze: bool
+) -> None:
     routing.trainable_before = tuple(name for name, p in base.named_parameters() if p.requires_grad)
     if freeze:
         base.requires_grad_(False)
@@ -181,6 +195,9 @@ def _install(base: PreTrainedModel, routing: Routing, modules: list[nn.Module], 
         if state.post_norm and norm is not None:
             norm.depth_state = state  # type: ignore[assignment]  # a module takes any attribute
             swap_class(norm, RoutedNorm)
+    for site, norm in entries.items():
+        norm.depth_entry = routing.states[site]  # type: ignore[assignment]  # a module takes any attribute
+        swap_class(norm, EntryNorm)
     for part in _entrances(base):
         part.depth_routing = routing  # type: ignore[assignment]  # a module takes any attribute
         swap_class(part, RoutedModel)
@@ -241,6 +258,10 @@ def detach(model: M) -> M:
             restore_class(norm, RoutedNorm)
             del norm.depth_state
         del module.depth_state
+        entry = _entry(routing, layers[site.layer])
+        if isinstance(entry, EntryNorm):
+            restore_class(entry, EntryNorm)
+            del entry.depth_entry
     for gate in routing.gates.values():
         restore_class(gate, WatchedGate)
         del gate.depth_state

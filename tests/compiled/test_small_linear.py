@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -75,11 +77,11 @@ def test_one_token_of_a_skip_path_is_one_kernel(dtype: torch.dtype, width: int, 
     nn.init.normal_(path.write, std=0.3)
     nn.init.normal_(path.bias)
     path.to(dtype)
-    hidden = torch.randn(rows, 3, width).to(dtype)
+    prompt, hidden = torch.randn(rows, 7, width).to(dtype).split([4, 3], 1)
     tokens = hidden.split(1, 1)
 
     def steps() -> tuple[list[torch.Tensor], Memory]:
-        memory, found = path.begin(rows, hidden), []
+        memory, found = path(prompt, None, path.begin(rows, hidden))[1], []
         for token in tokens:
             contribution, memory = path(token, None, memory)
             found.append(contribution)
@@ -99,3 +101,33 @@ def test_one_token_of_a_skip_path_is_one_kernel(dtype: torch.dtype, width: int, 
         torch.testing.assert_close(getattr(after, name), getattr(memory, name), **loose)
     linear.make_plain(made)
     assert type(path) is LinearPath
+
+
+@pytest.mark.parametrize("left_over", [0, 1])
+def test_threads_share_the_rows_of_a_weight(left_over: int) -> None:
+    x, weight = torch.randn(2, 1, 640).bfloat16(), torch.randn(4096 + left_over, 640).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.ops.dynadepth.small_linear(x, weight, None, None)
+        torch.set_num_threads(2)
+        together = torch.ops.dynadepth.small_linear(x, weight, None, None)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, together)
+
+
+def test_a_compiler_without_openmp_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that refuses -fopenmp, and writes its arguments in place of a library."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" --version "*) echo 1; exit 0;; *" -fopenmp "*) exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done; echo built > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kept"))
+    for _ in range(2):  # said again in the next process, for what was kept
+        with pytest.warns(UserWarning, match="has no OpenMP"):
+            library = kernel._built(str(compiler))
+    assert Path(library).read_text() == "built\n"

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import dynadepth
+from dynadepth.architectures import spec_for
+from dynadepth.architectures.probe import alone_read
+from dynadepth.routing.sublayer import EntryNorm
 
 from .matrix import BATCH, ONCE, SHORT, TOKENS, Cell, in_chunks, inputs, over, routed
 from .models import FAMILIES, LAYERS, tiny
@@ -170,3 +173,32 @@ def test_host_transfers(name: str, cell: Cell) -> None:
         asked.clear()
         model(batch["input_ids"][:, last:], attention_mask=batch["attention_mask"], past_key_values=cache)
         assert len(asked) <= (0 if cell.sticky else LAYERS), asked
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_norm_before_a_known_skip_is_not_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dynadepth.attach(tiny(name), dynadepth.StaticConfig(skip=(1,)))
+    entry = spec_for(model).attention_norms[0]
+    norms = [None if entry is None else getattr(layer, entry) for layer in layers_of(model)]
+    assert [isinstance(norm, EntryNorm) for norm in norms] == [False, entry is not None, *[False] * (LAYERS - 2)]
+    computed = []
+    for base in {type(norm) for norm in norms if norm is not None and not isinstance(norm, EntryNorm)}:
+        plain = base.forward
+
+        def counted(self: Any, *args: Any, plain: Any = plain) -> Any:
+            computed.append(self)
+            return plain(self, *args)
+
+        monkeypatch.setattr(base, "forward", counted)
+    model.generate(**inputs(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert all((norm in computed) == (index != 1) for index, norm in enumerate(norms) if norm is not None)
+    dynadepth.detach(model)
+    assert not any(isinstance(module, EntryNorm) for module in model.modules())
+
+
+def test_a_norm_that_others_read_too_is_always_computed() -> None:
+    model = tiny("llama").eval()
+    norms = [layer.input_layernorm for layer in layers_of(model)]
+    with torch.no_grad():
+        assert alone_read(model, norms, [layer.self_attn for layer in layers_of(model)])
+        assert not alone_read(model, norms, [layer.mlp for layer in layers_of(model)])

@@ -92,11 +92,6 @@ def check_zero_is_identity(model: PreTrainedModel, spec: ArchitectureSpec, layer
     stack = decoder_layers(model, spec)
     changed: list[int] = []
 
-    def zero(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
-
     def compare(index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
@@ -108,8 +103,8 @@ def check_zero_is_identity(model: PreTrainedModel, spec: ArchitectureSpec, layer
 
     hooks = []
     for index in layers:
-        hooks.append(getattr(stack[index], spec.attention).register_forward_hook(zero))
-        hooks.append(getattr(stack[index], spec.mlp).register_forward_hook(zero))
+        hooks.append(getattr(stack[index], spec.attention).register_forward_hook(_zero))
+        hooks.append(getattr(stack[index], spec.mlp).register_forward_hook(_zero))
         hooks.append(stack[index].register_forward_hook(compare(index), with_kwargs=True))
     try:
         ask(model)
@@ -121,6 +116,26 @@ def check_zero_is_identity(model: PreTrainedModel, spec: ArchitectureSpec, layer
             f"{type(model).__name__} cannot be routed at layers {changed}: with attention and MLP contributing zero, "
             "the layer is not the identity, so a skip would change the residual stream."
         )
+
+
+def alone_read(model: PreTrainedModel, norms: list[nn.Module], readers: list[nn.Module]) -> bool:
+    """Does nothing but the `readers` see what the `norms` give? With those contributing zero it must not matter."""
+
+    def answer(silent: list[nn.Module]) -> Tensor:
+        hooks = [module.register_forward_hook(_zero) for module in silent]
+        try:
+            return ask(model)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return torch.equal(answer(readers), answer([*readers, *norms]))
+
+
+def _zero(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
 
 
 def check_same(model: PreTrainedModel, bare: Bare, last: Tensor) -> None:

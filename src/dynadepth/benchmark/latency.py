@@ -15,6 +15,7 @@ skip). That twin lacks every sublayer that any unit skipped, or of a variant as 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -30,7 +31,7 @@ from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
 from dynadepth.benchmark.variants import Variant, applicable, build, drawn_sites, settling
 from dynadepth.compiled import compile_model
 from dynadepth.cost import flops, flops_share
-from dynadepth.errors import ConfigError, DataError
+from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
@@ -182,7 +183,13 @@ class _Bench:
         return self.pruned[twin]
 
     def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
-        return compile_model(model) if self.compiled else model
+        if not self.compiled:
+            return model
+        try:
+            return compile_model(model)
+        except UnsupportedModelError as error:  # a twin without any attention has no cache to step on
+            warnings.warn(f"{error} It is timed uncompiled.", UserWarning, stacklevel=2)
+            return model
 
     def _twins(self, routed: Mapping[str, PreTrainedModel], shares: Mapping[str, Shares]) -> dict[str, _Twin]:
         """For each model with a pruned twin to be compared with: what that one lacks, and has twice."""

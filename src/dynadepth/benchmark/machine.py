@@ -36,7 +36,7 @@ from dynadepth.routing.router import AbstractRouter
 
 Progress = Callable[[str], object]
 
-FORMAT = 1
+FORMAT = 2
 ROUNDS = 5
 """Of each model, after one that warms up: as many prefills."""
 STEPS = 8

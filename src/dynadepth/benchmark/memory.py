@@ -15,24 +15,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Names of `mallopt(3)`."""
 
 
-def keep_freed() -> None:
-    """Lets the C library keep the memory that tensors of this process give back, from now on (glibc alone).
+@contextlib.contextmanager
+def keeping_freed() -> Iterator[None]:
+    """Inside, the C library keeps the memory that tensors of this process give back (glibc alone).
 
     By default large activations go back to the system and cost fresh pages at the next prefill, more or fewer by what
-    else lies in the heap: a tenth of its time and more, which hides what is to be compared.
+    else lies in the heap: a tenth of its time and more, which hides what is to be compared. Afterwards the limits are
+    those that glibc's own adaptation ends at, and what was kept is given back.
     """
-    _tell_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
-
-
-@contextlib.contextmanager
-def giving_back() -> Iterator[None]:
-    """Inside, every large tensor has pages of its own, given back with it, so that a peak is a peak; then as
-    `keep_freed` has it."""
-    _tell_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**17, M_TRIM_THRESHOLD: 2**17})
+    _tell_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
     try:
         yield
     finally:
-        keep_freed()
+        _tell_malloc({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
+        reset_resident_peak()
 
 
 def _tell_malloc(settings: dict[int, int]) -> None:

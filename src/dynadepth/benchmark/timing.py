@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dynadepth.architectures import decoder_layers
-from dynadepth.benchmark.memory import cache_bytes, giving_back, keep_freed, peak_watch
+from dynadepth.benchmark.memory import cache_bytes, keeping_freed, peak_watch
 from dynadepth.cost import PARTS
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
@@ -112,21 +112,13 @@ def measure(
     """Times prefill and decode of all models, and `generate()` of those named, after an untimed warm-up of each unless
     `warm` is False.
 
-    A prefill of each before looks at memory alone. `repeats` rounds, or fewer (but `FEWEST`) where they take longer
+    In the end a prefill of each looks at memory alone. `repeats` rounds, or fewer (but `FEWEST`) where they take longer
     than `at_most` seconds. Every cache is checked to hold the context before its first step, and all tokens after the
-    last one. Freed memory stays with the process from the first call on (`keep_freed`), for all models alike.
+    last one. Freed memory stays with the process meanwhile (`keeping_freed`), for all models alike.
     """
-    keep_freed()
     samples = {name: Samples() for name in models}
     device = work.ids_BT.device
-    with torch.no_grad(), _quiet_collector():
-        for name, model in models.items():
-            with giving_back():
-                peak = peak_watch(device)
-                cache = work.prefill(model)
-                samples[name].peak_bytes = peak()
-            samples[name].routes = dict(getattr(cache, "routes", {}))
-            del cache
+    with torch.no_grad(), _quiet_collector(), keeping_freed():
         started = time.perf_counter()
         for round_ in range(-1 if warm else 0, repeats):  # round -1 warms up
             if at_most is not None and round_ >= FEWEST and time.perf_counter() - started > at_most:
@@ -155,7 +147,17 @@ def measure(
                 seconds, _ = _timed(partial(work.generate, models[name]), device)
                 if round_ >= 0:
                     samples[name].generate.append(seconds)
+        _look_at_memory(models, work, samples)
     return samples
+
+
+def _look_at_memory(models: Mapping[str, PreTrainedModel], work: Work, samples: Mapping[str, Samples]) -> None:
+    for name, model in models.items():
+        peak = peak_watch(work.ids_BT.device)
+        cache = work.prefill(model)
+        samples[name].peak_bytes = peak()
+        samples[name].routes = dict(getattr(cache, "routes", {}))
+        del cache
 
 
 def check_length(model: PreTrainedModel, cache: Cache, length: int) -> None:

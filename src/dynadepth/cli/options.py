@@ -47,7 +47,7 @@ Compile = Annotated[
     typer.Option(
         "--compile",
         help="Compile the decode (`dynadepth.compile`): the first tokens take a minute or so more, the others half "
-        "the time.",
+        "the time. `bench` compiles every model but one, the dense one as transformers runs it.",
     ),
 ]
 

@@ -144,10 +144,12 @@ def open_model(
 def noting() -> Iterator[None]:
     """Says in a line each what is warned of inside, once."""
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        yield
-    for message in dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning)):
-        say(message, "yellow", "note: ")
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning)):
+                say(message, "yellow", "note: ")
 
 
 def compile_decode(model: PreTrainedModel) -> None:

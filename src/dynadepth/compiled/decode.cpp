@@ -240,6 +240,12 @@ void path_rows(const at::Tensor& x, const at::Tensor& read, const at::Tensor& wr
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> path_step(
     const at::Tensor& x, const at::Tensor& read, const at::Tensor& write, const at::Tensor& bias,
     const at::Tensor& last, const at::Tensor& total, const at::Tensor& count) {
+  const int64_t n = x.size(0), D = x.size(-1), r = write.size(0);
+  TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && read.sizes() == at::IntArrayRef({D, 3 * r}) &&
+                  write.sizes() == at::IntArrayRef({r, D}) && bias.sizes() == at::IntArrayRef({D}) &&
+                  last.sizes() == at::IntArrayRef({n, r}) && total.sizes() == last.sizes() &&
+                  count.sizes() == at::IntArrayRef({n}),
+              "one token a row, and parts of a path and a memory of its sizes expected");
   for (const at::Tensor* t : {&read, &write, &bias, &last})
     TORCH_CHECK(t->is_contiguous() && t->scalar_type() == x.scalar_type(), "contiguous parts of one type expected");
   for (const at::Tensor* t : {&total, &count})

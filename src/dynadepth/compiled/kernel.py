@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -64,25 +65,33 @@ def _built(compiler: str) -> str:
     include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     links = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    told = (SOURCE.read_text(), torch.__version__, version, *FLAGS, *THREADS, platform.platform(), _processor())
-    key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "dynadepth"
-    target = folder / f"decode-{key}.so"
-    if not target.exists():
+
+    def built(threads: tuple[str, ...]) -> Path:
+        told = (SOURCE.read_text(), torch.__version__, version, *FLAGS, *threads, platform.platform(), _processor())
+        key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+        target = folder / f"decode-{key}.so"
+        if target.exists():
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at once
             output = Path(scratch) / target.name
-
-            def build(threads: tuple[str, ...]) -> None:
-                command = [compiler, *FLAGS, *threads, *include, str(SOURCE), "-o", str(output), *links]
-                subprocess.run(command, capture_output=True, text=True, check=True)
-
-            try:
-                build(THREADS)
-            except subprocess.CalledProcessError:
-                build(ONE_THREAD)
+            command = [compiler, *FLAGS, *threads, *include, str(SOURCE), "-o", str(output), *links]
+            subprocess.run(command, capture_output=True, text=True, check=True)
             output.replace(target)
-    return str(target)
+        return target
+
+    try:
+        return str(built(THREADS))
+    except subprocess.CalledProcessError:
+        library = str(built(ONE_THREAD))
+        warnings.warn(
+            f"{compiler} has no OpenMP, so that a compiled decode computes its products on one thread: install it, or "
+            "name another compiler in the variable CXX.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return library
 
 
 def _processor() -> str:

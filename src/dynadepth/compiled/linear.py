@@ -1,5 +1,5 @@
-"""Linear layers, and linear skip paths, that read their weight once where a forward brings a few rows, as a decode step
-does, on a CPU.
+"""Linear layers that read their weight once where a forward brings a few rows, as a decode step does, on a CPU, and
+linear skip paths that take a token in one call.
 
 Of bfloat16 weights: PyTorch rearranges every weight for its matrix product first, which takes longer than the product.
 Of torchao's int8 weights with one scale a row: torchao widens them for a product in the model's dtype.
@@ -78,7 +78,9 @@ class SmallPath:
             and hidden.shape[1] == 1
             and len(hidden) <= kernel.MOST_ROWS
             and hidden.dtype in (torch.bfloat16, torch.float32)
-            and hidden.dtype is self.read.dtype is memory.last.dtype
+            and hidden.dtype is self.read.dtype is self.write.dtype is self.bias.dtype is memory.last.dtype
+            and memory.total.dtype is memory.count.dtype is torch.float32
+            and all(part.is_contiguous() for part in (self.read, self.write, memory.last, memory.total, memory.count))
             and hidden.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
         ):

@@ -47,7 +47,7 @@ def compile_model(model: M) -> M:
             base.compiled_linears = linear.make_small(base)  # before twins are made of them
         else:
             warnings.warn(
-                f"Linear layers stay PyTorch's own, which read bfloat16 weights more than once: {reason}.",
+                f"Linear layers and skip paths stay PyTorch's own, which take longer for a few rows: {reason}.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -19,9 +19,9 @@ from dynadepth.lora import RoutedLora
 from dynadepth.routing.call import CACHE_NAMES, SublayerCall
 from dynadepth.routing.experts import WatchedGate
 from dynadepth.routing.skip_path import Memory, Reality
-from dynadepth.routing.sublayer import PATH, ROUTER, RoutedNorm, RoutedSublayer, SublayerState, restore_class
+from dynadepth.routing.sublayer import PATH, ROUTER, EntryNorm, RoutedNorm, RoutedSublayer, SublayerState, restore_class
 
-MIXINS = (RoutedSublayer, RoutedNorm, RoutedLora, WatchedGate)
+MIXINS = (RoutedSublayer, RoutedNorm, EntryNorm, RoutedLora, WatchedGate)
 """What routing puts before classes of modules inside a layer."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 PLAN = "compiled_plan"
@@ -122,7 +122,7 @@ def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
     routed = next((mixin for mixin in MIXINS if isinstance(module, mixin)), None)
     if routed is not None:
         restore_class(twin, routed)
-        for name in ("depth_state", "depth_owner"):
+        for name in ("depth_state", "depth_owner", "depth_entry"):
             vars(twin).pop(name, None)
     twin.training = False
     for hooks in HOOKS:

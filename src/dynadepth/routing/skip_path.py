@@ -212,7 +212,7 @@ class LinearPath(AbstractSkipPath):
     def _after(before: Tensor, summand: Tensor, reality: Reality | None, memory: Memory) -> Memory:
         if reality is None and memory.past is None:
             total = memory.total + summand.float().sum(1)
-            return Memory(before[:, -1], total, memory.count + before.shape[1])
+            return Memory(before[:, -1].contiguous(), total, memory.count + before.shape[1])
         real = torch.ones(before.shape[:2], dtype=torch.bool, device=before.device) if reality is None else reality.real
         return memory.extended(before, summand.float(), real)
 
