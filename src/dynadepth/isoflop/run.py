@@ -172,7 +172,7 @@ class _Study:
         write_json(note, wanted)
 
     def _timed(self, model: PreTrainedModel, cell: Cell) -> dict[str, Any]:
-        """Times as fast as the dense model of the same size, and as that of the reference size, all interleaved."""
+        """Times as fast as the dense model of the same size, and as that of the reference size, in turns."""
         recipe = self.recipe
         models = {
             "cell": model.eval(),
