@@ -134,16 +134,21 @@ def _device_of(module: nn.Module, default: torch.Tensor) -> torch.device:
 
 def _norms(target: Target, spec: ArchitectureSpec, layer: nn.Module) -> tuple[nn.Module | None, bool]:
     """The norm between a target's module and the residual stream, and whether the module reads the stream itself."""
-    names = {"attention": spec.attention_norms, "mlp": spec.mlp_norms}.get(target.name, (None, None))
-    return getattr(layer, names[1]) if names[1] else None, names[0] is None
+    before, after = _norm_names(target, spec)
+    return getattr(layer, after) if after else None, before is None
 
 
 def _entry(routing: Routing, layer: nn.Module) -> nn.Module | None:
     """The norm before a target's module, where a skip can be known before it and leaves nothing to read there."""
-    names = {"attention": routing.spec.attention_norms, "mlp": routing.spec.mlp_norms}.get(routing.target.name)
-    if names is None or names[0] is None or not routing.granularity.sticky or routing.config.skip_path != "identity":
+    before, _ = _norm_names(routing.target, routing.spec)
+    if before is None or not routing.granularity.sticky or routing.config.skip_path != "identity":
         return None
-    return getattr(layer, names[0])
+    return getattr(layer, before)
+
+
+def _norm_names(target: Target, spec: ArchitectureSpec) -> tuple[str | None, str | None]:
+    """The norms before and behind a target's module; None for none, and for a whole block."""
+    return {"attention": spec.attention_norms, "mlp": spec.mlp_norms}.get(target.name, (None, None))
 
 
 def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_layers: int) -> Routing:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import dynadepth
+from dynadepth.routing.sublayer import EntryNorm
 
 from .matrix import SHORT, TOKENS, Cell, assert_same, inputs, over, routed
 
@@ -100,3 +101,23 @@ def test_a_route_is_kept_where_the_router_would_now_decide_otherwise() -> None:
     out = forward(model, batch, PROMPT, PROMPT + 1, cache)
     assert cache.routes == routes
     assert not out.depth_logits
+
+
+def test_a_skip_known_later_leaves_rows_that_execute_alone() -> None:
+    """One row has its route when another, padding so far, gets one that skips: the first one's input is still read."""
+    cell = next(cell for _, cell in SHORT if cell.sticky and cell.target == "attention")
+    model = routed("llama", cell, inputs())
+    assert any(isinstance(module, EntryNorm) for module in model.modules())
+    sites = dynadepth.routing_of(model).sites
+    ids = inputs()["input_ids"][:2]
+    mask = torch.ones_like(ids)
+    mask[1, :PROMPT] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+
+    def answer(rows: Any) -> Tensor:
+        with dynadepth.fixed_routes(model, dict.fromkeys(sites, True)):
+            cache = forward(model, batch, 0, PROMPT, None, rows).past_key_values
+        with dynadepth.fixed_routes(model, dict.fromkeys(sites, False)):
+            return forward(model, batch, PROMPT, TOKENS, cache, rows).logits
+
+    torch.testing.assert_close(answer([0, 1])[:1], answer([0]))

@@ -300,5 +300,5 @@ class CompiledLayer:
     compiled_plan: Plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = None if self.training else self.compiled_plan.run(self, args, kwargs)  # type: ignore[arg-type,attr-defined]
-        return super().forward(*args, **kwargs) if output is None else output[0]  # type: ignore[misc]
+        output = None if self.training else self.compiled_plan.run(self, args, kwargs)  # type: ignore[arg-type,attr-defined]  # mixed into a layer's class
+        return super().forward(*args, **kwargs) if output is None else output[0]  # type: ignore[misc]  # mixed into a layer's class

@@ -105,7 +105,7 @@ class DepthConfig(ABC):
 
 def method_named(method: str) -> type[DepthConfig]:
     """The configuration class of a method; ConfigError with the near names for an unknown one."""
-    return named_subclass(DepthConfig, method, "dynadepth.methods", "method")  # type: ignore[type-abstract]
+    return named_subclass(DepthConfig, method, "dynadepth.methods", "method")  # type: ignore[type-abstract]  # a subclass comes out
 
 
 def config_from_dict(data: dict[str, Any]) -> DepthConfig:

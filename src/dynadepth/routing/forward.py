@@ -38,7 +38,7 @@ WAY_OUT = "use the default cache, or run dense with `with dynadepth.disabled(mod
 @cache
 def _positional(base_class: type) -> tuple[str, ...]:
     """Names of the positional parameters of a class's forward."""
-    return tuple(inspect.signature(base_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(base_class.forward).parameters)[1:]  # type: ignore[attr-defined]  # mixed into a model's class
 
 
 class RoutedModel:
@@ -53,7 +53,7 @@ class RoutedModel:
         none; it is not scored then), or without labels all attended tokens. The outputs carry `depth_trace`,
         `depth_logits` and, while training, `depth_loss`, which is part of `loss`.
         """
-        base, routing, context = super().forward, self.depth_routing, current()  # type: ignore[misc]
+        base, routing, context = super().forward, self.depth_routing, current()  # type: ignore[misc]  # mixed into a model's class
         if context is not None and context.owner is routing:
             return base(*args, **kwargs)
         if args:
@@ -68,7 +68,7 @@ class RoutedModel:
         with entered(context):
             outputs = base(**kwargs, return_dict=True)
         close_context(context, routing, outputs, kwargs)
-        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)  # type: ignore[attr-defined]
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)  # type: ignore[attr-defined]  # mixed into a model's class
         return outputs.to_tuple() if as_tuple else outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,10 +85,10 @@ class RoutedModel:
         self._record_past(kwargs.get("past_key_values"))
         # The first forward brings the prompt and the assistant's draft together: only the prompt may decide the route.
         with prompting(self.depth_routing, input_ids.shape[1]):
-            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+            return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]  # mixed into a model's class
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> Any:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]  # mixed into a model's class
         if getattr(generation_config, "is_assistant", False):
             self._record_past(model_kwargs.get("past_key_values"))
 
@@ -125,9 +125,9 @@ class RoutedModel:
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Saves the base model alone, exactly as it would be saved unrouted; `dynadepth.save` saves the routers."""
-        state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
+        state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]  # mixed into a model's class
         state = self.depth_routing.base_state(state)
-        return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
+        return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]  # mixed into a model's class
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any

@@ -243,4 +243,4 @@ class PerToken(Granularity):
 
 def granularity_named(name: str) -> Granularity:
     """The granularity called `name`; ConfigError with the near names otherwise."""
-    return named_subclass(Granularity, name, package="dynadepth.routing")()  # type: ignore[type-abstract]
+    return named_subclass(Granularity, name, package="dynadepth.routing")()  # type: ignore[type-abstract]  # a subclass comes out

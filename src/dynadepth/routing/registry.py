@@ -35,7 +35,7 @@ def named_subclass(base: type[T], name: str, package: str, kind: str | None = No
     """The subclass of `base` whose `name` is `name`, after importing the modules of `package`; `kind`: what the error
     for an unknown one calls it (None: as the class is called)."""
     import_modules(package)
-    known = {child.name: child for child in subclasses(base) if "name" in vars(child)}  # type: ignore[attr-defined]
+    known = {child.name: child for child in subclasses(base) if "name" in vars(child)}  # type: ignore[attr-defined]  # bases declare it
     if name not in known:
         kind = kind or " ".join(re.findall("[A-Z][a-z]*", base.__name__.removeprefix("Abstract"))).lower()
         raise ConfigError(

@@ -50,7 +50,7 @@ class Room:
         ):
             length = held + tokens
             length += max(CHUNK, length // 8) + 1
-            room = self._room = tuple(_moved(tensor, length) for tensor in (self.keys, self.values))  # type: ignore[assignment]
+            room = self._room = tuple(_moved(tensor, length) for tensor in (self.keys, self.values))  # type: ignore[assignment]  # a pair
             self._start = 0
             assert room is not None
         whole = held + tokens

@@ -219,4 +219,4 @@ class LinearPath(AbstractSkipPath):
 
 def skip_path_named(name: str) -> type[AbstractSkipPath]:
     """The skip path called `name`; ConfigError with the near names otherwise."""
-    return named_subclass(AbstractSkipPath, name, package="dynadepth.routing")  # type: ignore[type-abstract]
+    return named_subclass(AbstractSkipPath, name, package="dynadepth.routing")  # type: ignore[type-abstract]  # a subclass comes out

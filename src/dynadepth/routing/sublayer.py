@@ -212,7 +212,7 @@ class RoutedSublayer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         context, state = current(), self.depth_state
-        base = super().forward  # type: ignore[misc]
+        base = super().forward  # type: ignore[misc]  # mixed into a module's class
         if context is None or context.owner is not state.owner:
             return base(*args, **kwargs)
         if state.site in context.whole:
@@ -228,7 +228,7 @@ class RoutedNorm:
 
     def forward(self, hidden: Tensor) -> Tensor:
         context, state = current(), self.depth_state
-        base = super().forward  # type: ignore[misc]
+        base = super().forward  # type: ignore[misc]  # mixed into a module's class
         if context is None or context.owner is not state.owner:
             return base(hidden)
         finish = context.after_norm.pop(state.site, None)
@@ -245,7 +245,7 @@ class EntryNorm:
         context, state = current(), self.depth_entry
         if context is not None and context.owner is state.owner and state.rests(context):
             return hidden
-        return super().forward(hidden)  # type: ignore[misc]
+        return super().forward(hidden)  # type: ignore[misc]  # mixed into a module's class
 
 
 @cache
@@ -262,13 +262,13 @@ def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
     keyword-only parameters of the mixin's are added to it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]  # every module class has one
 
-    own = inspect.signature(mixin.forward).parameters.values()  # type: ignore[attr-defined]
-    parameters = list(inspect.signature(base.forward).parameters.values())  # type: ignore[attr-defined]
+    own = inspect.signature(mixin.forward).parameters.values()  # type: ignore[attr-defined]  # every module class has one
+    parameters = list(inspect.signature(base.forward).parameters.values())  # type: ignore[attr-defined]  # every module class has one
     place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
     parameters[place:place] = [p for p in own if p.kind is p.KEYWORD_ONLY]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # every module class has one
     return forward
 
 

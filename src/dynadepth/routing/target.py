@@ -89,4 +89,4 @@ class BlockTarget(Target):
 
 def target_named(name: str) -> Target:
     """The target called `name`; ConfigError with the near names otherwise."""
-    return named_subclass(Target, name, package="dynadepth.routing")()  # type: ignore[type-abstract]
+    return named_subclass(Target, name, package="dynadepth.routing")()  # type: ignore[type-abstract]  # a subclass comes out

@@ -114,7 +114,7 @@ def initialise(model: nn.Module, recipe: Recipe, scores: Mapping[Site, float], b
             if getattr(router, "bias", None) is None:
                 raise ConfigError("init: importance needs routers with a bias: set method.bias to true.")
             with torch.no_grad():
-                router.bias.copy_(bias)  # type: ignore[operator]
+                router.bias.copy_(bias)  # type: ignore[operator]  # a parameter, checked above
             router.threshold.fill_(float(torch.quantile(biases, 1 - keep_of(model, budget))))
 
 
