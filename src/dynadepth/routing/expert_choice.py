@@ -95,9 +95,6 @@ class ChoosingRouter(AbstractRouter):
         `recorded`: what this forward decided here before gradient checkpointing replayed the layer. A replay decides
         the same, and draws no new noise.
         """
-        if torch.is_autocast_enabled(hidden.device.type):
-            with torch.autocast(device_type=hidden.device.type, enabled=False):
-                return self.choose(hidden, real, recorded)
         if recorded is not None and recorded.logits is not None and not recorded.logits.requires_grad:
             return recorded
         score = self.score(hidden)

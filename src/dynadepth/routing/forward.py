@@ -28,9 +28,10 @@ from dynadepth.routing.context import (
     prompted,
     prompting,
 )
-from dynadepth.routing.decision import RoutingTrace
+from dynadepth.routing.decision import RoutingTrace, Site
 from dynadepth.routing.recorder import publish
 from dynadepth.routing.routes import RouteBook
+from dynadepth.routing.sublayer import SublayerState
 
 WAY_OUT = "use the default cache, or run dense with `with dynadepth.disabled(model):`"
 
@@ -195,7 +196,7 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     prefill = not book.complete if routing.granularity.sticky else cache_ is None or not cache_.seen or tokens > 1
     attentions = kwargs.get("output_attentions")
     attentions = bool(getattr(text_config, "output_attentions", False) if attentions is None else attentions)
-    return ForwardContext(
+    context = ForwardContext(
         owner=routing,
         trace=RoutingTrace(routing.n_layers, batch, tokens, token_mask, prefill),
         book=book,
@@ -209,8 +210,25 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         padding_unknown=mask is not None and token_mask is None and prompt_mask is None,
         output_attentions=attentions,
         injected=injections(routing),
+        autocast=torch.is_autocast_enabled(source.device.type),
         whole=frozenset() if prefill or masked or attentions or not routing.granularity.sticky else book.whole,
     )
+    context.resting = _resting(routing, context)
+    return context
+
+
+def _resting(routing: Any, context: ForwardContext) -> frozenset[Site]:
+    """See `ForwardContext.resting`."""
+    if context.masked or not routing.granularity.sticky or routing.config.skip_path != "identity":
+        return frozenset()
+    if not context.trace.prefill:
+        return context.book.resting
+
+    def skips(state: SublayerState) -> bool:
+        known = state.known(context)
+        return isinstance(known, int) and not known and not any(context.book.routes.get(state.site, ()))
+
+    return frozenset(site for site, state in routing.states.items() if skips(state))
 
 
 def _refuse_choosing(cache_: Any, experts: Any) -> None:

@@ -51,20 +51,26 @@ class Granularity(ABC):
         known = state.known(context)
         if known is not None:
             decision = RoutingDecision.of(self.expand(known, hidden))
+        elif context.autocast:
+            with torch.autocast(hidden.device.type, enabled=False):
+                decision = self._ask(state, hidden, context)
         else:
-            refuse_reentrant(context)
-            if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
-                hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
-            if state.router.windows == 1:
-                pooled = self.pool(hidden, context)
-            else:
-                pooled = pool_windows(hidden, pooled_tokens(context), state.router.windows)
-            if context.choosing and isinstance(state.router, ChoosingRouter):
-                decision = state.router.choose(pooled, context.token_mask, context.trace.decisions.get(state.site))
-            else:
-                decision = state.router.decide(pooled, with_gate=context.masked and context.grad)
+            decision = self._ask(state, hidden, context)
         context.trace.record(state.site, decision)
         return decision
+
+    def _ask(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> RoutingDecision:
+        """What the router decides for states of these `[B, T, D]`."""
+        refuse_reentrant(context)
+        if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
+            hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
+        if state.router.windows == 1:
+            pooled = self.pool(hidden, context)
+        else:
+            pooled = pool_windows(hidden, pooled_tokens(context), state.router.windows)
+        if context.choosing and isinstance(state.router, ChoosingRouter):
+            return state.router.choose(pooled, context.token_mask, context.trace.decisions.get(state.site))
+        return state.router.decide(pooled, with_gate=context.masked and context.grad)
 
     @abstractmethod
     def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
@@ -104,16 +110,15 @@ class PerSequence(Granularity):
     def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Mean over the prompt's tokens, `[B, D]`, accumulated in float32.
 
-        Of bfloat16 states without padding the finished sum is rounded once to bfloat16 (2^-9 of each entry): a float32
-        copy of every site's input alone would cost a prefill one to two per cent. float16 could overflow.
+        Of bfloat16 states the finished sum is rounded once to bfloat16 (2^-9 of each entry): a float32 copy of every
+        site's input alone would cost a prefill one to two per cent. float16 could overflow.
         """
         mask = pooled_tokens(context)
+        hidden = hidden if hidden.dtype == torch.bfloat16 else hidden.float()
         if mask is None:
-            total = hidden.sum(1) if hidden.dtype == torch.bfloat16 else hidden.float().sum(1)
-            return total.float().div_(hidden.shape[1])
+            return hidden.sum(1) / context.length(hidden)  # by a float32 tensor: widened and divided in one kernel
         # Not multiplied by the mask: what padding computes may be nan.
-        total = hidden.to(torch.float32, copy=True).masked_fill_(~mask.unsqueeze(-1), 0).sum(1)
-        return total / mask.sum(1, keepdim=True).clamp(min=1)
+        return hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1).float()
 
     def expand(self, value: Injection, hidden: Tensor) -> Tensor:
         return torch.as_tensor(value, device=hidden.device).expand(hidden.shape[0])

@@ -50,9 +50,6 @@ class AbstractRouter(nn.Module, ABC):
 
     def decide(self, hidden: Tensor, with_gate: bool) -> RoutingDecision:
         """Decides for units of float32 hidden states `[..., D]`; `with_gate` adds the differentiable gate."""
-        if torch.is_autocast_enabled(hidden.device.type):
-            with torch.autocast(device_type=hidden.device.type, enabled=False):
-                return self.decide(hidden, with_gate)
         logits, weight = self.judge(hidden)
         repeat = None
         if self.repeats:

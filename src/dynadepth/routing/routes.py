@@ -26,6 +26,7 @@ class RouteBook:
         self._index: dict[tuple[Site, int], bool | Tensor] = {}
         self._skipping: dict[Site, tuple[list[int], Tensor]] = {}
         self._whole: frozenset[Site] | None = None
+        self._resting: frozenset[Site] | None = None
 
     def open(self, batch: int) -> None:
         """Starts or continues with `batch` rows; raises where a cache is continued with another number of rows."""
@@ -80,6 +81,13 @@ class RouteBook:
             self._whole = frozenset(site for site in once if once[site])
         return self._whole
 
+    @property
+    def resting(self) -> frozenset[Site]:
+        """Sites at which no row executes."""
+        if self._resting is None:
+            self._resting = frozenset(site for site, route in self.routes.items() if not any(route))
+        return self._resting
+
     def take(self, order: Sequence[int]) -> None:
         """Row `j` becomes what row `order[j]` was (beams, selection, repetition)."""
         if not self.decided:
@@ -97,7 +105,7 @@ class RouteBook:
         """Drops what was derived from the routes."""
         self._index.clear()
         self._skipping.clear()
-        self._whole = None
+        self._whole = self._resting = None
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor:

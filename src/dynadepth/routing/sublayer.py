@@ -61,16 +61,6 @@ class SublayerState:
         needed = self.router.asked or self.router.weighs or context.masked
         return self.router.constant if needed else True
 
-    def rests(self, context: ForwardContext) -> bool:
-        """Is it known, before the module is called, that no unit executes and that its input will not be looked at?"""
-        if context.masked or self.skip_path.streams or not self.granularity.sticky:
-            return False
-        route = context.book.routes.get(self.site, [])
-        if context.trace.prefill and self.site not in context.trace.routes:
-            known = self.known(context)
-            return isinstance(known, int) and not known and not any(route)
-        return bool(route) and not any(route)
-
     # ---- the form of the module's output
 
     def hidden_of(self, result: Any) -> Tensor:
@@ -236,14 +226,14 @@ class RoutedNorm:
 
 
 class EntryNorm:
-    """Mixin of a norm that a routed module alone reads, and that is not computed where it rests. `depth_entry` is that
-    module's state."""
+    """Mixin of a norm that a routed module alone reads, and that is not computed where that one rests. `depth_entry` is
+    its state."""
 
     depth_entry: SublayerState
 
     def forward(self, hidden: Tensor) -> Tensor:
         context, state = current(), self.depth_entry
-        if context is not None and context.owner is state.owner and state.rests(context):
+        if context is not None and state.site in context.resting and context.owner is state.owner:
             return hidden
         return super().forward(hidden)  # type: ignore[misc]  # mixed into a module's class
 
