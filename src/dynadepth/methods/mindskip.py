@@ -65,6 +65,6 @@ class LinearRouter(AbstractRouter):
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        # Of a vector a sequence, by the kernels that pooled it: in a prefill, which waits for the answer, they are warm.
+        # A vector a sequence: by the kernels that pooled it, which are warm in a prefill that waits for the answer.
         logits = (hidden * self.weight).sum(-1) if hidden.dim() == 2 else hidden @ self.weight
         return logits if self.bias is None else logits + self.bias
