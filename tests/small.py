@@ -114,3 +114,13 @@ def alone(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def mixed(rows: int) -> dict[Site, Tensor]:
     """Decisions for attention at every layer that differ by row and by layer; layer 0 is skipped by some, too."""
     return {Site(layer, "attention"): torch.tensor([(row + layer) % 3 != 0 for row in range(rows)]) for layer in ALL}
+
+
+def checkpoint(model: Any, kwargs: dict[str, Any] | None) -> None:
+    """Turns checkpointing of activations on with these arguments (None: off), under the name that the installed
+    transformers has for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if kwargs is None:
+        getattr(model, f"{name}_checkpointing_disable")()
+    else:
+        getattr(model, f"{name}_checkpointing_enable")(kwargs)

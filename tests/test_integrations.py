@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from dynadepth import MindSkipConfig, attach, detach, disabled, fixed_routes, is_attached, load, routing_of, save
-from small import ALL, KINDS, bare, ids, mixed, ragged, routed, scatter
+from small import ALL, KINDS, bare, checkpoint, ids, mixed, ragged, routed, scatter
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 ORDER = pytest.mark.parametrize("order", ["lora first", "routers first"])
@@ -114,7 +114,7 @@ def test_lora_trains_under_checkpointing(order: str) -> None:
     for checkpointing in (False, True):
         model = both(order).train()
         if checkpointing:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint(model.get_base_model(), {"use_reentrant": False})
         with fixed_routes(model, mixed(2)):
             out = model(**LABELLED)
         out.loss.backward()

@@ -24,7 +24,7 @@ from dynadepth.lora import WEIGHTS as LORA_WEIGHTS
 from dynadepth.lora import LoraSettings, linear_sides
 from dynadepth.methods import MindSkipConfig
 from dynadepth.model import add_lora
-from small import ALL, FAMILIES, KINDS, bare, mixed, ragged, routed, scatter
+from small import ALL, FAMILIES, KINDS, bare, checkpoint, mixed, ragged, routed, scatter
 
 BATCH = ragged([6, 3])
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
@@ -129,7 +129,7 @@ def test_gradients_reach_it_and_survive_checkpointing() -> None:
     for checkpointing in (False, True):
         model = adapted().train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint(model, {"use_reentrant": False})
         with fixed_routes(model, mixed(2)):
             loss = model(**labelled).loss
         loss.backward()

@@ -37,6 +37,24 @@ def test_routes_over_int8_weights_and_small_products() -> None:
     assert not hasattr(model.model.layers[0].mlp.up_proj, "int8_parts")
 
 
+def test_routes_over_int4_weights() -> None:
+    """What routes a model with torchao's int4 weights says what the same weights say as plain ones; compiled, too."""
+    config, batch = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(8)), ragged((3, 7, 5))
+    base, plain = quantized(config), bare("llama")
+    layers = {name: module for name, module in base.named_modules() if type(module) is torch.nn.Linear}
+    for name, module in layers.items():
+        plain.get_submodule(name).weight.data = module.weight.dequantize()
+    coarse = sum(not torch.allclose(w, v) for w, v in zip(bare("llama").parameters(), plain.parameters(), strict=True))
+    assert coarse == len(layers)
+    model, plain = (routed(base=one, skip_path="linear", skip_rank=4) for one in (base, plain))
+    with fixed_routes(model, mixed(3)), fixed_routes(plain, mixed(3)):
+        expected = plain(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, expected)
+        tokens = plain.generate(**batch, max_new_tokens=8, do_sample=False)
+        dynadepth.compile(model)
+        assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False), tokens)
+
+
 def test_skipped_attentions_contribute_nothing_to_a_quantised_model() -> None:
     batch = ragged((3, 7, 5))
     model = dynadepth.attach(quantized(quantization.Int8WeightOnlyConfig()), dynadepth.StaticConfig(skip=(1, 3)))

@@ -33,7 +33,7 @@ from dynadepth.errors import AdapterError, BudgetError, ConfigError, Unsupported
 from dynadepth.methods import config_from_dict
 from dynadepth.methods.mod import agreement, top_loss
 from dynadepth.routing.expert_choice import places, winners
-from small import COMMON, LAYERS, VOCABULARY, WIDTH, alone, bare, ids, ragged
+from small import COMMON, LAYERS, VOCABULARY, WIDTH, alone, bare, checkpoint, ids, ragged
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gemma3"])
 SAMPLING = pytest.mark.parametrize("sampling", ["predictor", "aux_loss"])
@@ -439,7 +439,7 @@ def test_gradient_checkpointing_changes_nothing(routing: str, preserve: bool) ->
     for checkpointing in (False, True):
         model = mod(routing=routing).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": preserve})
+            checkpoint(model, {"use_reentrant": False, "preserve_rng_state": preserve})
         torch.manual_seed(3)
         out = model(**batch)
         out.loss.backward()

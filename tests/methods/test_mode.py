@@ -20,7 +20,7 @@ from dynadepth.methods.mode import balance_loss
 from dynadepth.report.info import describe_routers
 from parity.models import LAYERS, VOCABULARY, WIDTH, tiny
 from parity.test_execute_all import form
-from small import alone, ids, ragged
+from small import alone, checkpoint, ids, ragged
 
 EXPERTS, NO_OPS, PLACES = 4, 3, 2
 FAMILY = pytest.mark.parametrize("family", ["mixtral", "olmoe"])
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, config: Any) -> Non
     for checkpointing in (False, True):
         model = routed(family, config).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint(model, {"use_reentrant": False})
         out = model(**batch)
         out.loss.backward()
         results.append((out.loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, config: Any) -> Non
 
 def test_reentrant_checkpointing_is_refused() -> None:
     model = routed("mixtral", CONFIGS["integrated"]).train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint(model, {"use_reentrant": True})
     with pytest.raises(ConfigError, match="Reentrant"):
         model(**labelled(BATCHES["plain"]))
 

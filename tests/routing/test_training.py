@@ -12,7 +12,7 @@ from torch import Tensor
 from dynadepth import MindSkipConfig, StaticConfig, attach, detach, fixed_routes, recording, routing_of
 from dynadepth.errors import ConfigError
 from dynadepth.routing.context import carrying_context
-from small import FAMILIES, KINDS, bare, ids, ragged, routed
+from small import FAMILIES, KINDS, bare, checkpoint, ids, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
@@ -101,10 +101,10 @@ def reached(loss: Tensor) -> set[Any]:
 def test_no_backward_below_the_lowest_routed_layer(when: str) -> None:
     base = bare()
     if when == "before attach":
-        base.activation_checkpointing_enable(NON_REENTRANT)
+        checkpoint(base, NON_REENTRANT)
     model = routed(base=base, layers=(2, 3)).train()
     if when == "after attach":
-        model.activation_checkpointing_enable(NON_REENTRANT)
+        checkpoint(model, NON_REENTRANT)
     needed: dict[int, bool] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, i=i: needed.__setitem__(i, args[0].requires_grad))
@@ -137,10 +137,10 @@ def test_checkpointing_changes_nothing(family: str, target: str, granularity: st
     plain = routed(family, **config).train()
     base = bare(family)
     if when == "before attach":
-        base.activation_checkpointing_enable(NON_REENTRANT)
+        checkpoint(base, NON_REENTRANT)
     saving = routed(family, base=base, **config).train()
     if when == "after attach":
-        saving.activation_checkpointing_enable(NON_REENTRANT)
+        checkpoint(saving, NON_REENTRANT)
     replays = []
     saving.model.layers[3].input_layernorm.register_forward_hook(lambda *_: replays.append(1))
     wanted, found = step(plain, batch()), step(saving, batch())
@@ -149,7 +149,7 @@ def test_checkpointing_changes_nothing(family: str, target: str, granularity: st
     assert torch.equal(found.depth_loss, wanted.depth_loss)
     torch.testing.assert_close(gradients(saving), gradients(plain))
     assert gradients(plain).abs().min() > 0
-    saving.activation_checkpointing_disable()
+    checkpoint(saving, None)
     replays.clear()
     step(saving, batch())
     assert len(replays) == 1
@@ -157,7 +157,7 @@ def test_checkpointing_changes_nothing(family: str, target: str, granularity: st
 
 def test_a_replay_is_no_new_decision() -> None:
     model = routed().train()
-    model.activation_checkpointing_enable(NON_REENTRANT)
+    checkpoint(model, NON_REENTRANT)
     with recording() as record:
         step(model, batch())
     assert len(record.sequences) == 4
@@ -168,14 +168,14 @@ def test_a_replay_is_no_new_decision() -> None:
 def test_checkpointing_replays_under_the_forwards_own_injections(granularity: str, kv_policy: str) -> None:
     # The backward runs after the block is left: the replay must still see what was injected, or it would differ.
     model = routed(granularity=granularity, kv_policy=kv_policy).train()
-    model.activation_checkpointing_enable(NON_REENTRANT)
+    checkpoint(model, NON_REENTRANT)
     inputs = batch()
     with fixed_routes(model, {routing_of(model).sites[3]: False}):
         embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
         out = model(inputs_embeds=embeddings, labels=inputs["labels"])
     out.loss.backward()
     saved = embeddings.grad.clone()
-    model.activation_checkpointing_disable()
+    checkpoint(model, None)
     embeddings.grad = None
     with fixed_routes(model, {routing_of(model).sites[3]: False}):
         model(inputs_embeds=embeddings, labels=inputs["labels"]).loss.backward()
@@ -188,10 +188,10 @@ def test_checkpointing_replays_under_the_forwards_own_injections(granularity: st
 def test_reentrant_checkpointing_is_refused(granularity: str, kv_policy: str, when: str) -> None:
     base = bare()
     if when == "before attach":
-        base.activation_checkpointing_enable(REENTRANT)
+        checkpoint(base, REENTRANT)
     model = routed(base=base, granularity=granularity, kv_policy=kv_policy).train()
     if when == "after attach":
-        model.activation_checkpointing_enable(REENTRANT)
+        checkpoint(model, REENTRANT)
     with pytest.raises(ConfigError, match=r"use_reentrant.: False"):
         model(**batch())
     model.eval()(**batch())  # nothing is learnt here, so nothing is refused
@@ -201,7 +201,7 @@ def test_reentrant_checkpointing_is_refused(granularity: str, kv_policy: str, wh
 
 def test_static_routes_may_checkpoint_reentrantly() -> None:
     model = attach(bare(), StaticConfig(skip=(1,))).train()
-    model.activation_checkpointing_enable(REENTRANT)
+    checkpoint(model, REENTRANT)
     embeddings = model.get_input_embeddings()(ids(2, 5)).detach().requires_grad_()
     model(inputs_embeds=embeddings, labels=ids(2, 5)).loss.backward()
     assert embeddings.grad.abs().sum() > 0
@@ -211,10 +211,10 @@ def test_static_routes_may_checkpoint_reentrantly() -> None:
 def test_detach_unwraps_the_checkpoint_function(when: str) -> None:
     model = bare()
     if when == "before attach":
-        model.activation_checkpointing_enable(NON_REENTRANT)
+        checkpoint(model, NON_REENTRANT)
     attach(model, MindSkipConfig())
     if when == "after attach":
-        model.activation_checkpointing_enable(NON_REENTRANT)
+        checkpoint(model, NON_REENTRANT)
     carried = carrying_context(lambda *_: None).__qualname__
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     assert any(getattr(f, "__qualname__", "") == carried for f in functions)
@@ -310,7 +310,7 @@ def test_skip_paths_learn_the_same_where_only_what_executes_runs(
         if frozen:
             freeze(model)
         if checkpointing:
-            model.activation_checkpointing_enable(NON_REENTRANT)
+            checkpoint(model, NON_REENTRANT)
         shape = (4, 9) if granularity == "token" else (4,)
         routes = {site: torch.rand(shape, generator=generator) < 0.6 for site in routing_of(model).sites}
         with fixed_routes(model, routes):
