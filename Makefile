@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs-check clean FORCE
+.PHONY: help setup demo test test-quantized lint docs-check clean FORCE
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## build .venv/ with every dependency (another interpreter: PYTHON=python3.12)
 
@@ -21,6 +21,10 @@ demo: $(READY) ## run the guided demonstration
 
 test: $(READY) ## run the tests on two workers (WORKERS=0: in one process; ARGS: anything for pytest)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-quantized: $(READY) ## the tests that need torchao, which is installed for them
+	$(PY) -m pip install -qq -c constraints.txt torchao
+	$(PY) -m pytest tests/compiled/test_torchao.py
 
 lint: $(READY) ## style, format, types, and who may import whom
 	$(PY) -m ruff check .
