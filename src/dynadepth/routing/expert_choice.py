@@ -112,7 +112,7 @@ def run_top(state: SublayerState, call: SublayerCall, context: ForwardContext, d
     A row with fewer winners than places is filled up with tokens that no winner sees; what is computed for those is
     not used.
     """
-    from dynadepth.routing.token_kv import causal_mask, check_mask, gather_keys, put_back
+    from dynadepth.routing.token_kv import check_mask, gather_keys, mask_among, put_back
 
     assert isinstance(state.router, ChoosingRouter)
     hidden, mask, execute = call.hidden, call.attention_mask, decision.execute
@@ -124,8 +124,7 @@ def run_top(state: SublayerState, call: SublayerCall, context: ForwardContext, d
     valid = execute.gather(1, index)
     keys = torch.where(valid, index, -1)
     if mask is None:
-        # No padding, no window, no packing: the winners are a causal sequence of their own.
-        gathered = None if state.config._attn_implementation == "sdpa" else causal_mask(state, hidden, index, keys)
+        gathered = mask_among(state, hidden, index, keys)
     else:
         gathered = mask.expand(batch, -1, -1, -1).transpose(1, 2)[rows[:, None], index].transpose(1, 2)  # [B, 1, k, K]
         gathered = gather_keys(gathered, keys, state, context, length)

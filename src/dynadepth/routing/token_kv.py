@@ -53,6 +53,12 @@ def causal_mask(state: SublayerState, hidden: Tensor, query: Tensor, key: Tensor
     return allowed if state.config._attn_implementation != "eager" else _additive(allowed, hidden.dtype)
 
 
+def mask_among(state: SublayerState, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask of tokens that see one another alone, in their order, where the host has none: there is no padding, no
+    window and no packing. None for sdpa, whose causal kernel then skips what a mask would hide; fillers come last."""
+    return None if state.config._attn_implementation == "sdpa" else causal_mask(state, hidden, query, key)
+
+
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
@@ -165,16 +171,14 @@ def run_tokens(
         positions = torch.full((batch, longest), -1, dtype=torch.long, device=device)
         positions[rows] = torch.where(valid, query, -1)
         kv.new_positions = positions
-        stored = (
-            positions
-            if kv.store is None or kv.store.positions is None
-            else torch.cat([kv.store.positions, positions], 1)
-        )
-        key_positions = stored[rows]
+        earlier = None if kv.store is None else kv.store.positions
+        alone = earlier is None
+        key_positions = (positions if earlier is None else torch.cat([earlier, positions], 1))[rows]
     else:
+        alone = False
         key_positions = torch.arange(context.past + length, device=device).unsqueeze(0)
     if mask is None:
-        gathered = causal_mask(state, hidden, query, key_positions)
+        gathered = (mask_among if alone else causal_mask)(state, hidden, query, key_positions)
     else:
         gathered = mask.expand(batch, -1, -1, -1).transpose(1, 2)[rows[:, None], index].transpose(1, 2)  # [n, 1, t, K]
         if state.kv_policy == "drop":
