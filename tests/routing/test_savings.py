@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynadepth import Site, StaticConfig, attach, disabled, fixed_routes, routing_of, set_budget
 from dynadepth.budget import calibrate
+from dynadepth.routing import token_kv
 from small import ALL, FAMILIES, LAYERS, bare, ids, mixed, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -149,6 +150,36 @@ def test_skipped_tokens_run_nothing(family: str, target: str, kv_policy: str) ->
             is_routed = target == "block" or (target == "attention") == part.startswith("self_attn")
             projected = kv_policy == "project" and part in ("self_attn.k_proj", "self_attn.v_proj")
             assert seen[layer, part] == (6 if is_routed and not projected else 12), part
+
+
+@pytest.mark.parametrize("target", ["attention", "block"])
+def test_dropped_keys_leave_a_prompt_to_the_causal_kernel(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen tokens of a first forward see one another alone: no mask is read, and the outcome is that of masks."""
+    model, tokens = routed(target=target, granularity="token", kv_policy="drop"), ids(2, 9)
+    execute = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    masks: list[bool] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        masks.append(attn_mask is not None)
+        return plain(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute)):
+        whole = model(input_ids=tokens)
+    assert masks == [False] * LAYERS
+    masks.clear()
+    cache = None
+    for cut in (slice(4), slice(4, 9)):  # the second part sees keys that are held, and needs masks
+        with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute[:, cut])):
+            part = model(input_ids=tokens[:, cut], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(part.logits, whole.logits[:, cut])
+        cache = part.past_key_values
+    assert masks == [False] * LAYERS + [True] * LAYERS
+    with monkeypatch.context() as patch:
+        patch.setattr(token_kv, "mask_among", token_kv.causal_mask)
+        with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute)):
+            torch.testing.assert_close(model(input_ids=tokens).logits, whole.logits)
 
 
 @pytest.mark.parametrize("granularity", ["sequence", "token"])
