@@ -152,34 +152,65 @@ def test_skipped_tokens_run_nothing(family: str, target: str, kv_policy: str) ->
             assert seen[layer, part] == (6 if is_routed and not projected else 12), part
 
 
-@pytest.mark.parametrize("target", ["attention", "block"])
-def test_dropped_keys_leave_a_prompt_to_the_causal_kernel(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen tokens of a first forward see one another alone: no mask is read, and the outcome is that of masks."""
-    model, tokens = routed(target=target, granularity="token", kv_policy="drop"), ids(2, 9)
-    execute = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
-    masks: list[bool] = []
+@contextmanager
+def masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each attention, whether it read a mask."""
+    seen: list[bool] = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def watched(*args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        masks.append(attn_mask is not None)
+        seen.append(attn_mask is not None)
         return plain(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute)):
-        whole = model(input_ids=tokens)
-    assert masks == [False] * LAYERS
-    masks.clear()
-    cache = None
-    for cut in (slice(4), slice(4, 9)):  # the second part sees keys that are held, and needs masks
-        with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute[:, cut])):
-            part = model(input_ids=tokens[:, cut], past_key_values=cache, use_cache=True)
-        torch.testing.assert_close(part.logits, whole.logits[:, cut])
-        cache = part.past_key_values
-    assert masks == [False] * LAYERS + [True] * LAYERS
     with monkeypatch.context() as patch:
-        patch.setattr(token_kv, "mask_among", token_kv.causal_mask)
-        with fixed_routes(model, dict.fromkeys(routing_of(model).sites, execute)):
-            torch.testing.assert_close(model(input_ids=tokens).logits, whole.logits)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        yield seen
+
+
+TARGET = pytest.mark.parametrize("target", ["attention", "block"])
+
+
+@TARGET
+def test_dropped_keys_leave_a_prompt_to_the_causal_kernel(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen tokens of a first forward see one another alone: no mask is read, and the outcome is that of masks."""
+    model, tokens = routed(target=target, granularity="token", kv_policy="drop"), ids(2, 9)
+    sites = routing_of(model).sites
+    execute = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    with fixed_routes(model, dict.fromkeys(sites, execute)), masks(monkeypatch) as seen:
+        whole = model(input_ids=tokens).logits
+    assert seen == [False] * LAYERS
+    cache = None
+    with masks(monkeypatch) as seen:
+        for cut in (slice(4), slice(4, 9)):  # the second part sees keys that are held, and needs masks
+            with fixed_routes(model, dict.fromkeys(sites, execute[:, cut])):
+                part = model(input_ids=tokens[:, cut], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(part.logits, whole[:, cut])
+            cache = part.past_key_values
+    assert seen == [False] * LAYERS + [True] * LAYERS
+    monkeypatch.setattr(token_kv, "mask_among", token_kv.causal_mask)
+    with fixed_routes(model, dict.fromkeys(sites, execute)):
+        torch.testing.assert_close(model(input_ids=tokens).logits, whole)
+
+
+@TARGET
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_a_token_behind_holes(target: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence's next token sees every key that is held, without a mask; that of a batch needs one."""
+    model, tokens = routed(target=target, granularity="token", kv_policy="drop"), ids(rows, 9)
+    sites = routing_of(model).sites
+    execute = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0, 0, 1]], dtype=torch.bool)[:rows]
+    with fixed_routes(model, dict.fromkeys(sites, execute)):
+        whole = model(input_ids=tokens).logits
+    with fixed_routes(model, dict.fromkeys(sites, execute[:, :6])):
+        cache = model(input_ids=tokens[:, :6], use_cache=True).past_key_values
+    for place in (6, 7, 8):
+        part = slice(place, place + 1)
+        with fixed_routes(model, dict.fromkeys(sites, execute[:, part])), masks(monkeypatch) as seen:
+            logits = model(input_ids=tokens[:, part], past_key_values=cache).logits
+        torch.testing.assert_close(logits, whole[:, part])
+        assert seen == [rows > 1] * (LAYERS if execute[:, part].any() else 0)
+    assert cache.reserved_bytes() > cache.kv_bytes()  # room for more, so that no token copies the others
 
 
 @pytest.mark.parametrize("granularity", ["sequence", "token"])

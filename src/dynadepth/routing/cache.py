@@ -75,7 +75,7 @@ class RoutedCache(DynamicCache):
         make_roomy(cache)
         for index in sparse_layers:
             if index < len(cache.layers):  # an early exit makes caches of fewer layers
-                cache.layers[index] = SparseLayer(cache.layers[index])
+                cache.layers[index] = SparseLayer(cache.layers[index], cache.offloading)
         return cache
 
     def release(self) -> None:

@@ -222,7 +222,7 @@ class PerToken(Granularity):
         """Every real token executes: the base module's own call, unless earlier tokens left holes to be masked."""
         from dynadepth.routing.token_kv import has_holes, run_tokens
 
-        if state.target.keeps_kv and has_holes(state, context):
+        if state.target.keeps_kv and has_holes(state, call, context):
             batch, length = call.hidden.shape[:2]
             execute = torch.ones(batch, length, dtype=torch.bool, device=call.hidden.device)
             return run_tokens(state, call, context, execute, [length] * batch, weight)

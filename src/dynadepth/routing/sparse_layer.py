@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+
+from dynadepth.routing.roomy import RoomyLayer
 
 
-class SparseLayer(DynamicLayer):
+class SparseLayer(RoomyLayer):
     """Keys and values of executed tokens only: `keys` `[B, heads, S, d]` with `positions` int64 `[B, S]`, -1 where a
-    slot of a ragged batch is empty. `holes` tells whether any real token was ever skipped.
+    slot of a ragged batch is empty. `holes` tells whether any real token was ever skipped. In an `offloaded` cache it
+    keeps no room, since tensors come and go.
 
     A sliding layer forgets what has left the window, from time to time; never while it records its past (see
     `Cache.activate_past_recording`). `forgot` tells whether it did.
     """
 
-    def __init__(self, like: Any) -> None:
+    def __init__(self, like: Any, offloaded: bool = False) -> None:
         super().__init__()
-        self.like = like
+        self.like, self.offloaded = like, offloaded
         self.is_sliding = getattr(like, "is_sliding", False)
         if self.is_sliding:
             self.sliding_window = like.sliding_window
@@ -29,6 +31,9 @@ class SparseLayer(DynamicLayer):
         self.positions: Tensor | None = None
         self.holes = self.forgot = False
         self.start = 0
+
+    def roomy(self, keys: Tensor) -> bool:
+        return not self.offloaded and super().roomy(keys)
 
     def activate_past_recording(self) -> None:
         self.record_past = True

@@ -33,10 +33,13 @@ def sparse_layer(state: SublayerState, context: ForwardContext) -> SparseLayer |
     return layer if isinstance(layer, SparseLayer) else None
 
 
-def has_holes(state: SublayerState, context: ForwardContext) -> bool:
-    """Were tokens of this layer skipped, and their keys dropped, before this forward?"""
+def has_holes(state: SublayerState, call: SublayerCall, context: ForwardContext) -> bool:
+    """Were tokens of this layer skipped, and their keys dropped, before this forward, so that the call's mask does not
+    fit the keys that are held? One more token of one sequence sees them all, and needs no mask."""
     store = sparse_layer(state, context)
-    return store is not None and store.holes
+    if store is None or not store.holes:
+        return False
+    return call.attention_mask is not None or call.hidden.shape[:2] != (1, 1) or store.is_sliding
 
 
 def check_mask(mask: Tensor | None) -> None:
@@ -150,6 +153,10 @@ def run_tokens(
     check_mask(mask)
     batch, length = hidden.shape[:2]
     device = hidden.device
+    if state.kv_policy == "drop" and not any(counts):
+        if (store := sparse_layer(state, context)) is not None:
+            store.holes = True
+        return state.skip_all(call, context)
     order = torch.argsort(execute.to(torch.int8), dim=1, descending=True, stable=True)  # executing tokens first
     rows = torch.tensor([i for i, n in enumerate(counts) if n], dtype=torch.long, device=device)
     longest = max(counts)
