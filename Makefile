@@ -22,9 +22,9 @@ demo: $(READY) ## run the guided demonstration
 test: $(READY) ## run the tests on two workers (WORKERS=0: in one process; ARGS: anything for pytest)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-quantized: $(READY) ## the tests that need torchao, which is installed for them
-	$(PY) -m pip install -qq -c constraints.txt torchao
-	$(PY) -m pytest tests/compiled/test_torchao.py
+test-quantized: $(READY) ## the tests that need torchao, which is put into build/ for them
+	@[ -d build/torchao ] || $(PY) -m pip install -qq -c constraints.txt --no-deps --target build/torchao torchao
+	PYTHONPATH=build/torchao $(PY) -m pytest tests/compiled/test_torchao.py
 
 lint: $(READY) ## style, format, types, and who may import whom
 	$(PY) -m ruff check .

@@ -57,8 +57,9 @@ def test_other_ways_to_cast(cast: str) -> None:
     assert torch.isfinite(model(**BATCH).logits).all()
 
 
-def test_autocast_leaves_routers_in_float32() -> None:
-    model = routed()
+@pytest.mark.parametrize("granularity", ["sequence", "token"])  # by token the router is a matrix product
+def test_autocast_leaves_routers_in_float32(granularity: str) -> None:
+    model = routed(granularity=granularity)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(**BATCH)
     assert {logits.dtype for logits in out.depth_logits.values()} == {torch.float32}

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    random.seed(0)
     cells = []
     for width in options.widths:
         dense, routed = built(width), attach(built(width), MoDConfig(capacity=CAPACITY))

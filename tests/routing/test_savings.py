@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynadepth import Site, StaticConfig, attach, disabled, fixed_routes, routing_of, set_budget
 from dynadepth.budget import calibrate
 from dynadepth.routing import token_kv
-from small import ALL, FAMILIES, LAYERS, bare, ids, mixed, ragged, routed
+from small import ALL, FAMILIES, LAYERS, alone, bare, ids, mixed, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 PARTS = (
@@ -211,6 +211,64 @@ def test_a_token_behind_holes(target: str, rows: int, monkeypatch: pytest.Monkey
         torch.testing.assert_close(logits, whole[:, part])
         assert seen == [rows > 1] * (LAYERS if execute[:, part].any() else 0)
     assert cache.reserved_bytes() > cache.kv_bytes()  # room for more, so that no token copies the others
+
+
+@torch.no_grad()
+def test_a_row_left_of_a_ragged_batch_does_not_see_its_empty_slots() -> None:
+    model, tokens = routed(granularity="token", kv_policy="drop"), ids(2, 7)
+    sites = routing_of(model).sites
+    execute = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    logits = []
+    for rows in (slice(1), slice(2)):
+        with fixed_routes(model, dict.fromkeys(sites, execute[rows])):
+            cache = model(input_ids=tokens[rows, :6], use_cache=True).past_key_values
+        if rows.stop == 2:
+            cache.batch_select_indices(torch.tensor([0]))
+        with fixed_routes(model, dict.fromkeys(sites, True)):
+            logits.append(model(input_ids=tokens[:1, 6:], past_key_values=cache).logits)
+    torch.testing.assert_close(*logits)
+
+
+@FAMILY
+@TARGET
+@torch.no_grad()
+def test_a_row_left_of_a_ragged_batch_does_not_see_empty_slots(family: str, target: str) -> None:
+    model, tokens = routed(family, target=target, granularity="token", kv_policy="drop"), ids(2, 9)
+    sites = routing_of(model).sites
+    execute = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1, 0, 0]], dtype=torch.bool)
+    found = []
+    for rows in (slice(1, 2), slice(2)):
+        with fixed_routes(model, dict.fromkeys(sites, execute[rows])):
+            cache = model(input_ids=tokens[rows, :8], use_cache=True).past_key_values
+        if rows == slice(2):
+            cache.batch_select_indices(torch.tensor([1]))
+        with fixed_routes(model, dict.fromkeys(sites, True)):
+            found.append(model(input_ids=tokens[1:, 8:], past_key_values=cache).logits)
+    torch.testing.assert_close(*found)
+
+
+def test_what_a_crop_and_a_reset_leave_allocated_is_counted() -> None:
+    model = routed(granularity="token", kv_policy="drop")
+    with torch.no_grad():
+        cache = model(input_ids=ids(1, 6), use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(input_ids=ids(1, 1), past_key_values=cache)
+        roomy = cache.reserved_bytes()
+        cache.crop(-1)
+    assert cache.reserved_bytes() >= roomy > cache.kv_bytes()
+    cache.reset()
+    assert cache.reserved_bytes() == 0
+
+
+@FAMILY
+def test_padding_does_not_change_what_is_pooled(family: str) -> None:
+    """Bit for bit at the lowest site, in bfloat16, where a sum is rounded once."""
+    batch = ragged([7, 5, 3])
+    model = routed(family).to(torch.bfloat16)
+    lowest = routing_of(model).sites[0]
+    padded = model(**batch).depth_logits[lowest]
+    for row in range(3):
+        assert torch.equal(model(**alone(batch, row)).depth_logits[lowest][0], padded[row])
 
 
 @pytest.mark.parametrize("granularity", ["sequence", "token"])

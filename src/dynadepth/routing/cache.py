@@ -3,7 +3,7 @@
 It differs from its base in five things. The true token count (`seen`) answers for lengths and mask sizes, since a
 skipped layer stores nothing. Each layer knows which logical rows it stores. The sticky routes live here, beside the
 keys and values they decide about. Under `drop` at token granularity, a layer stores keys with their positions
-(`SparseLayer`); the other layers keep room for the tokens to come (`roomy`). What a repeated layer stores in its second
+(`SparseLayer`); all layers keep room for the tokens to come (`roomy`). What a repeated layer stores in its second
 pass lies in a layer of its own, behind those of the model.
 
 An empty `DynamicCache` of the caller's becomes a `RoutedCache` in place: same object, same flags. Only a forward of the

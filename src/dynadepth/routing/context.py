@@ -33,9 +33,8 @@ class ForwardContext:
     see. `padding_unknown`: the attention mask does not say which tokens are real. `injected`: decisions given from
     outside; sites not named execute. `masked`: run every unit and select (routers learn); else run the executing units
     alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is a
-    part of the model's. `autocast`: the forward runs under it, and routers must not. `whole`: sites whose sticky route
-    lets every row execute, so that nothing is left to do there. `resting`: sites known before they are reached to
-    execute no row and to leave nothing for a skip path to look at.
+    part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
+    `resting`: sites known before they are reached to execute no row and to leave nothing for a skip path to look at.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run); `attention_again[layer]` puts those of a second pass in their
     place. `after_norm[site]` finishes a site behind its post-norm. `unpadded`: it was learnt that every token is real.
@@ -56,7 +55,6 @@ class ForwardContext:
     padding_unknown: bool = False
     output_attentions: bool = False
     injected: Mapping[Site, Injection] | None = None
-    autocast: bool = False
     whole: frozenset[Site] = frozenset()
     resting: frozenset[Site] = frozenset()
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
@@ -67,6 +65,7 @@ class ForwardContext:
     running: dict[int, Tensor] = field(default_factory=dict)
     _reality: Reality | None = None
     _length: Tensor | None = None
+    _autocast: dict[str, bool] = field(default_factory=dict)
 
     def given(self, site: Site) -> Injection | None:
         """The decision injected for a site, None where its router decides."""
@@ -82,6 +81,13 @@ class ForwardContext:
         if self._length is None or self._length.device != hidden.device:
             self._length = torch.full((1,), hidden.shape[1], dtype=torch.float32, device=hidden.device)
         return self._length
+
+    def autocast(self, hidden: Tensor) -> bool:
+        """Does this forward run under autocast where `hidden` is? Looked up once a kind of device: it takes a while."""
+        kind = hidden.device.type
+        if kind not in self._autocast:
+            self._autocast[kind] = torch.is_autocast_enabled(kind)
+        return self._autocast[kind]
 
     # ---- what skip paths stream
 

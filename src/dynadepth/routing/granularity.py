@@ -51,7 +51,7 @@ class Granularity(ABC):
         known = state.known(context)
         if known is not None:
             decision = RoutingDecision.of(self.expand(known, hidden))
-        elif context.autocast:
+        elif context.autocast(hidden):
             with torch.autocast(hidden.device.type, enabled=False):
                 decision = self._ask(state, hidden, context)
         else:
@@ -110,7 +110,7 @@ class PerSequence(Granularity):
     def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """Mean over the prompt's tokens, `[B, D]`, accumulated in float32.
 
-        Of bfloat16 states the finished sum is rounded once to bfloat16 (2^-9 of each entry): a float32 copy of every
+        Of bfloat16 states the finished sum is rounded once to bfloat16 (2^-8 of each entry): a float32 copy of every
         site's input alone would cost a prefill one to two per cent. float16 could overflow.
         """
         mask = pooled_tokens(context)

@@ -76,13 +76,12 @@ class Room:
         )
 
     def spare_bytes(self) -> int:
-        """Bytes allocated beyond the tokens held."""
-        if self._room is None or self._lent is None or self.keys is not self._lent[0]:
+        """Bytes allocated beyond the tokens held: of a room that is left, too, until the next token replaces it."""
+        if self._room is None:
             return 0
-        return sum(
-            (room.numel() - held.numel()) * held.element_size()
-            for room, held in zip(self._room, self._lent, strict=True)
-        )
+        lent = self._lent if self._lent is not None and self.keys is self._lent[0] else ()
+        used = sum(held.numel() * held.element_size() for held in lent)
+        return sum(room.numel() * room.element_size() for room in self._room) - used
 
 
 def _own(states: Tensor) -> Tensor:
@@ -112,6 +111,10 @@ class RoomyLayer(DynamicLayer, Room):
     def accept(self, keys: Tensor, values: Tensor) -> None:
         self._hold(keys, values)
 
+    def reset(self) -> None:
+        self._room = self._lent = None
+        super().reset()
+
     def _begin(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the first states as they are, where the base class would join them to an empty tensor: a copy of every
         key and value of a prefill. Only views of something larger are copied, since they would keep it."""
@@ -137,6 +140,10 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer, Room):
         self._start += left
         kept = keys.shape[2] - left
         self._hold(keys.narrow(2, left, kept), values.narrow(2, left, kept))
+
+    def reset(self) -> None:
+        self._room = self._lent = None
+        super().reset()
 
 
 def _written(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,8 @@ class AbstractRouter(nn.Module, ABC):
         return straight_through(torch.sigmoid(logits - self.threshold), execute)
 
     def decide(self, hidden: Tensor, with_gate: bool) -> RoutingDecision:
-        """Decides for units of float32 hidden states `[..., D]`; `with_gate` adds the differentiable gate."""
+        """Decides for units of float32 hidden states `[..., D]`; `with_gate` adds the differentiable gate. Not under
+        autocast, which the caller turns off."""
         logits, weight = self.judge(hidden)
         repeat = None
         if self.repeats:

@@ -78,9 +78,12 @@ class SparseLayer(RoomyLayer):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         if self.positions is not None:  # with no slot left, too: the number of rows must still follow
+            before = len(self.positions)
             self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
             self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
             self.values = self.values.index_select(0, beam_idx.to(self.values.device))
+            if len(self.positions) == 1 < before:
+                self._keep_from(0)  # one sequence has no empty slots: its next token may see all of them
 
     def stored(self, seen: int) -> int:
         """Token slots really used after `seen` tokens, over all rows; what has left a window is not counted."""

@@ -11,8 +11,8 @@ def pool_windows(hidden: Tensor, mask: Tensor | None, windows: int) -> Tensor:
     None: all).
 
     A row of n tokens has windows of ⌊n / W⌋, as in the paper: the last n mod W tokens are in none. A row of fewer than
-    W tokens has windows of one token, some of them twice. As in `PerSequence.pool`, sums of bfloat16 states without
-    padding are rounded once to bfloat16.
+    W tokens has windows of one token, some of them twice. Sums of bfloat16 states without padding are rounded once to
+    bfloat16, those under a mask are not.
     """
     tokens = hidden.shape[1]
     place = torch.arange(windows, device=hidden.device)
