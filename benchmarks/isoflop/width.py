@@ -39,6 +39,16 @@ def built(width: int, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def fewer_flops(model: LlamaForCausalLM, tokens: int) -> float:
+    """The dense layers' FLOPs over the routed ones', of which every other runs on a share of the tokens."""
+    width, weights = model.config.hidden_size, sum(p.numel() for p in model.model.layers[0].parameters())
+
+    def layer(count: float) -> float:
+        return 2 * weights * count + 2 * width * count * (count + 1)  # products with weights; causal attention
+
+    return 2 * layer(tokens) / (layer(tokens) + layer(CAPACITY * tokens))
+
+
 @torch.no_grad()
 def calibrate(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
     """Thresholds by which so many tokens of `ids` execute, from the lowest site up, as each changes what is above."""
@@ -83,6 +93,7 @@ def main() -> None:
                     "rows": rows,
                     "tokens": tokens,
                     "executed": mean(shares),
+                    "fewer_flops": fewer_flops(dense, tokens),
                     "prefill": median(ratios),
                     "quartiles": [ratios[quarter], ratios[-1 - quarter]],
                 }
