@@ -123,7 +123,7 @@ class TokenKV:
 
     def write_skipped(self) -> None:
         """No token executes: only projected keys and values are stored."""
-        if self.state.kv_policy == "project" and self.context.cache is not None:
+        if self.context.cache is not None:
             self._merge(None, None)
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
