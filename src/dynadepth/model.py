@@ -141,7 +141,7 @@ def _norms(target: Target, spec: ArchitectureSpec, layer: nn.Module) -> tuple[nn
 def _entry(routing: Routing, layer: nn.Module) -> nn.Module | None:
     """The norm before a target's module, where a skip can be known before it and leaves nothing to read there."""
     before, _ = _norm_names(routing.target, routing.spec)
-    if before is None or not routing.granularity.sticky or routing.config.skip_path != "identity":
+    if before is None or not routing.rests:
         return None
     return getattr(layer, before)
 

@@ -64,6 +64,11 @@ class Routing:
         return (self.sites, self.granularity.name, self.sparse_layers)
 
     @property
+    def rests(self) -> bool:
+        """Can a skip be known before its site is reached, and leaves nothing there to read?"""
+        return self.granularity.sticky and self.config.skip_path == "identity"
+
+    @property
     def is_static(self) -> bool:
         """Is every router constant, so that the configuration alone says what runs?"""
         return all(router.constant is not None for router in self.routers().values())

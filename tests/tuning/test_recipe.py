@@ -55,8 +55,9 @@ def test_bad_settings_are_named(change, message):
 def test_another_method_keeps_the_settings_that_it_has_too():
     recipe = replace(load_recipe("default"), choose=True)
     static = recipe.for_method("static")
-    assert static.method == {"method": "static", "layers": "all", "skip_path": "linear", "skip_rank": 64}
-    assert static.config() == StaticConfig(layers="all", skip_path="linear", skip_rank=64)
+    kept = {"granularity": "route", "layers": "all", "skip_path": "linear", "skip_rank": 64}
+    assert static.method == {"method": "static", **kept}
+    assert static.config() == StaticConfig(**kept)
     assert not static.choose  # the method is named
     assert replace(static, name="x", method=recipe.method) == replace(recipe, name="x", choose=False)
     assert recipe.for_method("mindskip").method == recipe.method

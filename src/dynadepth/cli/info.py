@@ -101,7 +101,7 @@ def _route(description: dict[str, Any]) -> list[tuple[str, object]]:
 
 def _granularity(config: dict[str, Any]) -> str:
     granularity = str(config.get("granularity"))
-    return granularity if granularity == "sequence" else f"{granularity}, KV policy {config.get('kv_policy')}"
+    return f"{granularity}, KV policy {config.get('kv_policy')}" if granularity == "token" else granularity
 
 
 def _provenance(provenance: dict[str, Any]) -> list[tuple[str, str]]:

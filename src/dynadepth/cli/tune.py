@@ -66,7 +66,7 @@ def tune(
     ] = None,
     granularity: Annotated[
         str | None,
-        typer.Option("--granularity", metavar="NAME", help="sequence or token. (default: the recipe's, sequence)"),
+        typer.Option("--granularity", metavar="NAME", help="route, sequence or token. (default: the recipe's, route)"),
     ] = None,
     kv_policy: Annotated[
         str | None,

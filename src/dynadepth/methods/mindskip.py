@@ -9,6 +9,7 @@ trajectory.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dynadepth.errors import ConfigError
 from dynadepth.methods.config import DepthConfig
-from dynadepth.routing.decision import RoutingTrace, Site
+from dynadepth.routing.decision import RoutingDecision, RoutingTrace, Site
 from dynadepth.routing.router import AbstractRouter
 
 
@@ -68,3 +69,12 @@ class LinearRouter(AbstractRouter):
         # A vector a sequence: by the kernels that pooled it, which are warm in a prefill that waits for the answer.
         logits = (hidden * self.weight).sum(-1) if hidden.dim() == 2 else hidden @ self.weight
         return logits if self.bias is None else logits + self.bias
+
+    @staticmethod
+    def decide_each(routers: Sequence[AbstractRouter], hidden: Tensor) -> list[RoutingDecision]:
+        own = [router for router in routers if isinstance(router, LinearRouter)]
+        logits = (hidden * torch.stack([router.weight for router in own]).unsqueeze(1)).sum(-1)  # [S, B]
+        if own[0].bias is not None:
+            logits = logits + torch.stack([router.bias for router in own if router.bias is not None]).unsqueeze(1)
+        execute = logits >= torch.stack([router.threshold for router in own]).unsqueeze(1)
+        return [RoutingDecision(*parts) for parts in zip(execute.unbind(), logits.unbind(), strict=True)]

@@ -81,9 +81,8 @@ def _subtitle(results: Mapping[str, Any]) -> str:
     routed = (
         f"{len(results.get('routed_sites') or [])} of {results.get('layers')} {results.get('target')} sublayers routed"
     )
-    return (
-        f"{routed}, one decision a {results['granularity']}. The model itself is frozen; only its routers were tuned."
-    )
+    unit = "sequence for all of them" if results["granularity"] == "route" else results["granularity"]
+    return f"{routed}, one decision a {unit}. The model itself is frozen; only its routers were tuned."
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -35,6 +35,7 @@ class ForwardContext:
     alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is a
     part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `resting`: sites known before they are reached to execute no row and to leave nothing for a skip path to look at.
+    `planned`: sites whose routes were decided at a lower one, from what was `pooled` there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run); `attention_again[layer]` puts those of a second pass in their
     place. `after_norm[site]` finishes a site behind its post-norm. `unpadded`: it was learnt that every token is real.
@@ -57,6 +58,8 @@ class ForwardContext:
     injected: Mapping[Site, Injection] | None = None
     whole: frozenset[Site] = frozenset()
     resting: frozenset[Site] = frozenset()
+    planned: frozenset[Site] = frozenset()
+    pooled: Tensor | None = None
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
     attention_again: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)
@@ -110,9 +113,9 @@ class ForwardContext:
 
     # ---- decisions
 
-    def to_host(self, times: Tensor | list[int]) -> list[int]:
-        """Decisions `[B]` as a list. The first call of a forward learns in the same transfer which rows decide now, and
-        whether every token is pooled, so that the sites above need not mask."""
+    def to_host(self, times: Tensor | list[int]) -> list[Any]:
+        """Decisions `[B]`, or of several sites `[S, B]`, as lists. The first call of a forward learns in the same
+        transfer which rows decide now, and whether every token is pooled, so that the sites above need not mask."""
         trace, undecided = self.trace, self.book.decided
         if trace.fresh is None and self.token_mask is None:
             trace.fresh = [not d for d in undecided]
@@ -120,12 +123,14 @@ class ForwardContext:
             assert self.token_mask is not None
             real = self.token_mask.any(1)
             whole = torch.ones_like(real) if self.pool_mask is None else self.pool_mask.all(1)
-            asked = [real, whole] if isinstance(times, list) else [times, real, whole]
+            asked = [real, whole] if isinstance(times, list) else [*times.view(-1, len(real)), real, whole]
             *decided, has_token, pooled = torch.stack(asked).tolist()
             trace.fresh = [not d and bool(has) for d, has in zip(undecided, has_token, strict=True)]
             if all(pooled):
                 self.pool_mask, self.unpadded = None, True
-            return times if isinstance(times, list) else decided[0]
+            if isinstance(times, list):
+                return times
+            return decided if times.dim() == 2 else decided[0]
         return times if isinstance(times, list) else times.tolist()
 
 

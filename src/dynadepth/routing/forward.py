@@ -218,7 +218,7 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
 
 def _resting(routing: Any, context: ForwardContext) -> frozenset[Site]:
     """See `ForwardContext.resting`."""
-    if context.masked or not routing.granularity.sticky or routing.config.skip_path != "identity":
+    if context.masked or not routing.rests:
         return frozenset()
     if not context.trace.prefill:
         return context.book.resting

@@ -62,15 +62,18 @@ class Granularity(ABC):
     def _ask(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> RoutingDecision:
         """What the router decides for states of these `[B, T, D]`."""
         refuse_reentrant(context)
-        if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
-            hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
-        if state.router.windows == 1:
-            pooled = self.pool(hidden, context)
-        else:
-            pooled = pool_windows(hidden, pooled_tokens(context), state.router.windows)
+        pooled = self.look(state, hidden, context)
         if context.choosing and isinstance(state.router, ChoosingRouter):
             return state.router.choose(pooled, context.token_mask, context.trace.decisions.get(state.site))
         return state.router.decide(pooled, with_gate=context.masked and context.grad)
+
+    def look(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """What the router is shown of states `[B, T, D]`: one vector a unit, or as many as it has windows."""
+        if hidden.requires_grad and not context.grad and not isinstance(state.router, ChoosingRouter):
+            hidden = hidden.detach()  # without gates only skip paths learn, and a decision has no gradient
+        if state.router.windows == 1:
+            return self.pool(hidden, context)
+        return pool_windows(hidden, pooled_tokens(context), state.router.windows)
 
     @abstractmethod
     def pool(self, hidden: Tensor, context: ForwardContext) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,12 @@ class AbstractRouter(nn.Module, ABC):
         execute = logits >= self.threshold
         gate = self.gate(logits, execute) if with_gate else None
         return RoutingDecision(execute, logits, gate, weight, repeat=None if repeat is None else execute & repeat)
+
+    @staticmethod
+    def decide_each(routers: Sequence[AbstractRouter], hidden: Tensor) -> list[RoutingDecision]:
+        """What each of these routers, all of one class, decides for the same states; without gates. A class whose
+        routers can be asked in one product overrides it; hooks on single routers then see nothing."""
+        return [router.decide(hidden, with_gate=False) for router in routers]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follow the model to its device, but never to its dtype.

@@ -12,6 +12,7 @@ from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig, StaticConfig, config_from_dict
 from dynadepth.methods.config import method_named
 from dynadepth.recipe_files import checked, known_recipes, read_recipe, recipe_folder
+from dynadepth.routing.granularity import granularity_named
 
 __all__ = ["DEFAULT", "Recipe", "known_recipes", "load_recipe", "recipe_folder", "recipe_from_dict"]
 
@@ -151,7 +152,7 @@ class Recipe:
                 f"Recipe {self.name!r} cannot choose between routers and a static route: its method is static and "
                 "tunes no routers; name another method."
             )
-        if config.granularity != "sequence":
+        if not granularity_named(config.granularity).sticky:
             raise ConfigError(
                 "A static route is the same for every token: tune it at sequence granularity, not "
                 f"{config.granularity}."
