@@ -33,7 +33,7 @@ COMMON = {
     "tie_word_embeddings": False,
 }
 FAMILIES = ("llama", "gemma3")
-KINDS = (("sequence", "project"), ("token", "project"), ("token", "drop"))
+KINDS = (("sequence", "project"), ("route", "project"), ("token", "project"), ("token", "drop"))
 """(granularity, kv_policy): every way of keeping keys and values."""
 
 

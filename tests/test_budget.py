@@ -179,7 +179,7 @@ def randomised(granularity):
     return model
 
 
-@pytest.mark.parametrize("granularity", ["sequence", "token"])
+@pytest.mark.parametrize("granularity", ["sequence", "route", "token"])
 def test_budgets_are_met_on_other_prompts(granularity):
     """Semantic 9: requested budget and measured keep ratio differ by at most 0.02 on prompts that were not calibrated
     on."""

@@ -175,12 +175,12 @@ def test_one_token_prompts(family: str, granularity: str, kv_policy: str) -> Non
     for row in range(5):
         one = generate(model, {"input_ids": prompt[row : row + 1]})
         same(one, many, row)
-        if granularity == "sequence":
+        if granularity != "token":
             assert route_of(one.past_key_values, 0) == route_of(many.past_key_values, row)
 
 
 @FAMILY
-@pytest.mark.parametrize(("granularity", "kv_policy"), KINDS[1:])
+@pytest.mark.parametrize(("granularity", "kv_policy"), KINDS[2:])
 def test_chunked_prefill_at_token_granularity_changes_nothing(family: str, granularity: str, kv_policy: str) -> None:
     model, batch = routed(family, granularity=granularity, kv_policy=kv_policy), ragged([11, 2, 5])
     whole, chunked = generate(model, batch), generate(model, batch, prefill_chunk_size=3)

@@ -55,7 +55,7 @@ def test_attach_keeps_the_object_its_class_and_its_names(family: str, target: st
 
 @FAMILY
 @TARGET
-@pytest.mark.parametrize("granularity", ["sequence", "token"])
+@pytest.mark.parametrize("granularity", ["sequence", "route", "token"])
 def test_detach_restores_the_model(family: str, target: str, granularity: str) -> None:
     base = bare(family)
     base.get_input_embeddings().requires_grad_(False)

@@ -57,7 +57,7 @@ def test_other_ways_to_cast(cast: str) -> None:
     assert torch.isfinite(model(**BATCH).logits).all()
 
 
-@pytest.mark.parametrize("granularity", ["sequence", "token"])  # by token the router is a matrix product
+@pytest.mark.parametrize("granularity", ["sequence", "route", "token"])  # by token the router is a matrix product
 def test_autocast_leaves_routers_in_float32(granularity: str) -> None:
     model = routed(granularity=granularity)
     with torch.autocast("cpu", torch.bfloat16):

@@ -26,7 +26,7 @@ def prefilled(model, work: Work):
         return work.prefill(model), record
 
 
-@pytest.mark.parametrize("kind", ["static", "sequence"])
+@pytest.mark.parametrize("kind", ["static", "sequence", "route"])
 def test_one_route_for_all_rows(kind):
     model, work = settled(f"{kind}@0.5")
     cache, record = prefilled(model, work)
@@ -34,12 +34,13 @@ def test_one_route_for_all_rows(kind):
         assert rows == [site.layer not in drawn_skip(LAYERS, 0.5)] * 4
     assert record.keep_ratio().all == 0.5
     asked = dynadepth.routing_of(model).routers().values()
-    assert all((router.constant is None) == (kind == "sequence") for router in asked)
+    assert all((router.constant is None) == (kind != "static") for router in asked)
 
 
+@pytest.mark.parametrize("kind", ["mixed", "mixed-route"])
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
-def test_mixed_rows_differ_at_every_site(keep):
-    model, work = settled(f"mixed@{keep}")
+def test_mixed_rows_differ_at_every_site(kind, keep):
+    model, work = settled(f"{kind}@{keep}")
     cache, _ = prefilled(model, work)
     assert [sum(rows) for rows in cache.routes.values()] == [round(4 * keep)] * LAYERS
     assert len({tuple(rows) for rows in cache.routes.values()}) > 1

@@ -59,7 +59,7 @@ def together(*tasks: Callable[[], Any]) -> list[Any]:
 def test_threads_generate_at_once(granularity: str, kv_policy: str) -> None:
     model = routed(granularity=granularity, kv_policy=kv_policy)
     routing, one, other = routing_of(model), ragged([7, 3, 5]), {"input_ids": ids(2, 4, seed=5)}
-    fixed = mixed(2) if granularity == "sequence" else {Site(1, "attention"): False, Site(2, "attention"): False}
+    fixed = mixed(2) if granularity != "token" else {Site(1, "attention"): False, Site(2, "attention"): False}
 
     def plain() -> Any:
         return model.generate(**one, **OPTIONS)

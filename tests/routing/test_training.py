@@ -228,7 +228,7 @@ def test_detach_unwraps_the_checkpoint_function(when: str) -> None:
 # ---- gradient accumulation
 
 
-@pytest.mark.parametrize("granularity", ["sequence", "token"])
+@pytest.mark.parametrize("granularity", ["sequence", "route", "token"])
 @pytest.mark.parametrize("plain", [False, True], ids=["prompt and answer", "plain text"])
 def test_gradients_do_not_depend_on_the_division_into_micro_batches(granularity: str, plain: bool) -> None:
     model = routed(granularity=granularity, penalty=0.5, capacity=0.3).train()

@@ -5,11 +5,13 @@ attention; their thresholds are set so that on the very prompts timed the asked 
 
     static          the drawn route as a fixed one, whose routers are never asked
     sequence        routers asked at the prefill; the same route for every row
+    route           routers asked for whole routes, at the lowest site; the same route for every row
     mixed           routers asked at the prefill; at each site another half of the rows (needs two rows)
+    mixed-route     routers asked for whole routes; at each site another half of the rows (needs two rows)
     token-project   a decision a token, keys and values of skipped tokens stored
     token-drop      a decision a token, keys and values of skipped tokens left out
 
-`static` and `sequence` skip the same attentions, those of `drawn_skip`, and have one pruned twin.
+`static`, `sequence` and `route` skip the same attentions, those of `drawn_skip`, and have one pruned twin.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.routing.skip_path import skip_path_named
 
-KINDS = ("static", "sequence", "mixed", "token-project", "token-drop")
+KINDS = ("static", "sequence", "route", "mixed", "mixed-route", "token-project", "token-drop")
 KEEP = 0.5
 """Share executed where none is named."""
 
@@ -72,12 +74,22 @@ class Variant:
     @property
     def by_row(self) -> bool:
         """Do rows of a batch take different routes?"""
-        return self.kind == "mixed"
+        return self.kind.startswith("mixed")
 
     @property
     def by_input(self) -> bool:
         """Do decisions follow what a row or token is?"""
-        return self.kind not in ("static", "sequence")
+        return self.by_row or self.granularity == "token"
+
+    @property
+    def granularity(self) -> str:
+        """The routers'; of a static route, which has none, `sequence`."""
+        return next((name for name in ("route", "token") if name in self.kind.split("-")), "sequence")
+
+    @property
+    def kv_policy(self) -> str:
+        """Without effect but at `token` granularity."""
+        return self.kind.removeprefix("token-") if self.granularity == "token" else "project"
 
 
 def drawn_skip(n_layers: int, keep: float) -> tuple[int, ...]:
@@ -97,14 +109,12 @@ def build(bare: PreTrainedModel, variant: Variant) -> PreTrainedModel:
     if variant.kind == "static":
         attach(model, StaticConfig(skip=skip, skip_path=variant.skip_path))
     else:
-        granularity, _, policy = variant.kind.partition("-")
-        by_token = granularity == "token"
         attach(
             model,
             MindSkipConfig(
                 layers="all",
-                granularity=granularity if by_token else "sequence",
-                kv_policy=policy if by_token else "project",
+                granularity=variant.granularity,
+                kv_policy=variant.kv_policy,
                 skip_path=variant.skip_path,
             ),
         )
@@ -130,13 +140,14 @@ def settling(model: PreTrainedModel, variant: Variant) -> Iterator[None]:
     def between(router: torch.nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
         router.threshold = _threshold(logits.flatten(), variant.keep)
 
-    routers = routing_of(model).routers().values() if variant.by_input else ()
-    hooks = [router.register_forward_hook(between) for router in routers]
+    routers = list(routing_of(model).routers().values()) if variant.by_input else []
+    hooks = [router.train().register_forward_hook(between) for router in routers]  # and so each is asked by itself
     try:
         yield
     finally:
-        for hook in hooks:
+        for hook, router in zip(hooks, routers, strict=True):
             hook.remove()
+            router.eval()
 
 
 def _threshold(logits: Tensor, keep: float) -> Tensor:
