@@ -114,8 +114,9 @@ def test_cells_of_what_is_compared():
     for cell in cells:
         kind, keep = cell["variant"].split("@")
         assert cell["dense_s"] == cells[0 if cell["phase"] == "prefill" else 1]["dense_s"], "timed once"
-        assert cell["granularity"] == ("token" if kind.startswith("token") else "sequence")
-        assert (cell["pruned_s"] is not None) == (cell["variant"] in ("static@0.5", "sequence@0.5"))
+        unit = "token" if kind.startswith("token") else "route" if kind.endswith("route") else "sequence"
+        assert cell["granularity"] == unit
+        assert (cell["pruned_s"] is not None) == (cell["variant"] in ("static@0.5", "sequence@0.5", "route@0.5"))
         assert (cell["nominal_s"] is not None) == (keep == "0.5")
         assert cell["saving"] == pytest.approx(1 - 1 / cell["speedup"])
         shown = {"dense", cell["variant"]} | ({"pruned"} if cell["pruned_s"] is not None else set())
