@@ -62,29 +62,27 @@ def test_one_host_transfer_a_prefill_and_none_at_decode(
 
 @FAMILY
 @pytest.mark.parametrize("target", ["attention", "mlp"])
-def test_above_the_lowest_site_a_skip_computes_no_norm(
+def test_above_the_lowest_site_what_skips_computes_no_norm(
     family: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = routed(family, target=target, granularity="route")
+    model, batch = routed(family, target=target, granularity="route"), ragged([5, 2, 4])
+    logits = model(**batch).depth_logits[Site(3, target)].sort().values
     for site, router in routing_of(model).routers().items():
         router.threshold.fill_(float("inf") if site.layer in (0, 2) else float("-inf"))
-    layer = model.model.layers[0]
-    norm = next(part for part in layer.modules() if hasattr(part, "depth_entry"))
-    names = [name for name, part in layer.named_modules() if part is norm]
-    computed: list[Any] = []
-    plain = type(norm).__mro__[2].forward  # behind the class in place and its mixin
+    router.threshold.copy_((logits[0] + logits[1]) / 2)  # of the last site: two rows execute
+    norms = [next(p for p in layer.modules() if hasattr(p, "depth_entry")) for layer in model.model.layers]
+    computed: list[tuple[Any, int]] = []
+    base = type(norms[0]).__mro__[2]  # behind the class in place and its mixin
+    plain = base.forward
 
     def counted(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        computed.append(self)
+        computed.append((self, len(hidden)))
         return plain(self, hidden)
 
-    monkeypatch.setattr(type(norm).__mro__[2], "forward", counted)
-    model.generate(**ragged([5, 2]), max_new_tokens=3, do_sample=False)
-    norms = [layer.get_submodule(names[0]) for layer in model.model.layers]
-    prefills = [sum(part is norm for part in computed) for norm in norms]
-    assert prefills[0] == 1  # what all were asked about, and nothing at decode
-    assert prefills[2] == 0
-    assert prefills[1] == prefills[3] == 3
+    monkeypatch.setattr(base, "forward", counted)
+    model(**batch)
+    rows = [[n for part, n in computed if part is norm] for norm in norms]
+    assert rows == [[3], [3], [], [2]]  # the first one is what all were asked about
 
 
 def test_training_and_inference_decide_alike() -> None:

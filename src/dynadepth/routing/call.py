@@ -43,8 +43,8 @@ class SublayerCall:
         args = tuple(visit("hidden_states" if i == 0 else "", value) for i, value in enumerate(self.args))
         return SublayerCall(self.forward, args, {name: visit(name, value) for name, value in self.kwargs.items()})
 
-    def rows(self, index: Tensor) -> SublayerCall:
-        """The same call for the batch rows `index` (int64 `[n]`)."""
+    def rows(self, index: Tensor, hidden: Tensor | None = None) -> SublayerCall:
+        """The same call for the batch rows `index` (int64 `[n]`), whose states are `hidden` if they are at hand."""
         batch = self.hidden.shape[0]
         if not isinstance(self.attention_mask, Tensor | None):
             raise ConfigError(
@@ -53,6 +53,8 @@ class SublayerCall:
             )
 
         def change(name: str, value: Tensor) -> Tensor:
+            if name == "hidden_states" and hidden is not None:
+                return hidden
             return value.index_select(0, index) if value.dim() > 1 and value.shape[0] == batch else value
 
         return self._map(change)

@@ -35,6 +35,7 @@ class ForwardContext:
     alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is a
     part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
     `resting`: sites known before they are reached to execute no row and to leave nothing for a skip path to look at.
+    `parting`: sites known before they are reached to execute some of the rows, whose states alone are normed: `normed`.
     `planned`: sites whose routes were decided at a lower one, from what was `pooled` there.
     `attention_fixes[layer]` rebuilds the full-batch attention weights of a routed block from those its inner
     attention recorded, or is them (it did not run); `attention_again[layer]` puts those of a second pass in their
@@ -58,6 +59,8 @@ class ForwardContext:
     injected: Mapping[Site, Injection] | None = None
     whole: frozenset[Site] = frozenset()
     resting: frozenset[Site] = frozenset()
+    parting: frozenset[Site] = frozenset()
+    normed: dict[Site, Tensor] = field(default_factory=dict)
     planned: frozenset[Site] = frozenset()
     pooled: Tensor | None = None
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)

@@ -153,7 +153,7 @@ class PerSequence(Granularity):
     def _run_rows(self, state: SublayerState, call: SublayerCall, rows: Tensor, context: ForwardContext) -> Any:
         """Some rows (int64 `[n]`) execute, the others take the skip path."""
         hidden, batch = call.hidden, len(call.hidden)
-        result = call.rows(rows)()
+        result = call.rows(rows, context.normed.pop(state.site, None))()
         output = state.target.canvas(hidden)
         output.index_copy_(0, rows, state.hidden_of(result).to(output.dtype))
         if state.skip_path.streams:

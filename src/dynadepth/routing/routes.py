@@ -88,6 +88,11 @@ class RouteBook:
             self._resting = frozenset(site for site, route in self.routes.items() if not any(route))
         return self._resting
 
+    @property
+    def mixed(self) -> frozenset[Site]:
+        """Sites at which some rows execute and others do not."""
+        return frozenset(site for site, route in self.routes.items() if any(route) and not all(route))
+
     def take(self, order: Sequence[int]) -> None:
         """Row `j` becomes what row `order[j]` was (beams, selection, repetition)."""
         if not self.decided:

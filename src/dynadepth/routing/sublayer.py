@@ -226,16 +226,22 @@ class RoutedNorm:
 
 
 class EntryNorm:
-    """Mixin of a norm that a routed module alone reads, and that is not computed where that one rests. `depth_entry` is
-    its state."""
+    """Mixin of a norm that a routed module alone reads, and that is not computed where that one rests, or for rows that
+    skip there. `depth_entry` is its state."""
 
     depth_entry: SublayerState
 
     def forward(self, hidden: Tensor) -> Tensor:
         context, state = current(), self.depth_entry
-        if context is not None and state.site in context.resting and context.owner is state.owner:
+        base = super().forward  # type: ignore[misc]  # mixed into a module's class
+        if context is None or context.owner is not state.owner:
+            return base(hidden)
+        if state.site in context.parting:
+            rows = context.book.rows(state.site, hidden.device)
+            assert isinstance(rows, Tensor)
+            context.normed[state.site] = base(hidden.index_select(0, rows))
             return hidden
-        return super().forward(hidden)  # type: ignore[misc]  # mixed into a module's class
+        return hidden if state.site in context.resting else base(hidden)
 
 
 @cache

@@ -53,6 +53,6 @@ class PerRoute(PerSequence):
         """Says what is known of the sites above, now that these are decided."""
         context.planned = frozenset(state.site for state in asking)
         if asking[0].owner.rests:
-            context.resting = context.book.resting
+            context.resting, context.parting = context.book.resting, context.book.mixed
         if context.past == 0 and not context.output_attentions:
             context.whole = context.book.whole
