@@ -75,13 +75,18 @@ def goals(cells: list[dict]) -> list[str]:
     lines = []
     for phase, goal in GOALS.items():
         found = [c for c in cells if c["phase"] == phase and c["context"] >= 512 and c["skip_efficiency"] is not None]
-        found = [c for c in found if c["granularity"] == "sequence"]
-        lines += worst(f"skip efficiency at {phase}", found, "skip_efficiency", goal, above=True)
-    mixed = [c for c in cells if c["variant"].startswith("mixed") and c["batch"] >= 8]
-    mixed = [c for c in mixed if c["nominal_efficiency"] is not None]
-    lines += worst("mixed batches, of the nominal saving", mixed, "nominal_efficiency", MIXED, above=True)
-    whole = [c for c in cells if c["keep_ratio"] == 1.0 and c["overhead"] is not None]
-    return lines + worst("price of routing where everything executes", whole, "overhead", OVERHEAD, above=False)
+        for kind in ("sequence", "route"):
+            own = [c for c in found if c["granularity"] == kind and not c["variant"].startswith("static")]
+            lines += worst(f"skip efficiency at {phase}, by {kind}", own, "skip_efficiency", goal, above=True)
+    for kind in ("mixed", "mixed-route"):
+        mixed = [c for c in cells if c["variant"].startswith(f"{kind}@") and c["batch"] >= 8]
+        mixed = [c for c in mixed if c["nominal_efficiency"] is not None]
+        lines += worst(f"{kind} batches, of the nominal saving", mixed, "nominal_efficiency", MIXED, above=True)
+    for kind in ("sequence", "route", "token"):
+        whole = [c for c in cells if c["granularity"] == kind and c["keep_ratio"] == 1.0 and c["overhead"] is not None]
+        what = f"price of routing where everything executes, by {kind}"
+        lines += worst(what, whole, "overhead", OVERHEAD, above=False)
+    return lines
 
 
 def worst(what: str, cells: list[dict], key: str, goal: float, above: bool) -> list[str]:

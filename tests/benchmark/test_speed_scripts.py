@@ -222,6 +222,6 @@ def test_goals_name_the_worst_cell():
     ]
     [line] = table.goals([{**cell, "nominal_efficiency": cell["skip_efficiency"]} for cell in cells])
     assert line == (
-        "- skip efficiency at prefill (goal ≥ 0.90): met in 1 of 2 cells; worst 0.85 "
+        "- skip efficiency at prefill, by sequence (goal ≥ 0.90): met in 1 of 2 cells; worst 0.85 "
         "(sequence@0.5, prefill, batch 1, context 512)"
     )

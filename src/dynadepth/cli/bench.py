@@ -29,9 +29,9 @@ def bench(
         typer.Option(
             "--compare",
             metavar="KIND[@KEEP],...",
-            help="Kinds of routing to time beside, nothing tuned: static, sequence, mixed (rows differ), "
-            "token-project, token-drop; each at a keep ratio of all attentions (0.5), such as sequence@0.75; "
-            "@1 executes everything.",
+            help="Kinds of routing to time beside, nothing tuned: static, sequence, route, mixed and "
+            "mixed-route (rows differ), token-project, token-drop; each at a keep ratio of all attentions (0.5), as "
+            "in sequence@0.75; @1 executes everything.",
         ),
     ] = None,
     skip_path: Annotated[
