@@ -188,8 +188,9 @@ def test_hooks_on_routed_modules(when: str, part: str) -> None:
     assert torch.equal(model(**BATCH).logits, bare()(**BATCH).logits)
 
 
-def test_weights_that_are_offloaded_after_attaching() -> None:
-    model = routed()
+@KIND
+def test_weights_that_are_offloaded_after_attaching(granularity: str, kv_policy: str) -> None:
+    model = routed(granularity=granularity, kv_policy=kv_policy)
     wanted = model.generate(**BATCH, **OPTIONS)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.model.layers[0].self_attn.q_proj.weight.device.type == "meta"

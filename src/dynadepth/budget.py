@@ -177,8 +177,9 @@ def calibrate(
     """Measures, on prompts, which threshold keeps which share of the routed units; stores it in the model's routing.
 
     For each share it searches twice: the quantile of the logits seen under the last threshold, then of those seen under
-    the new one, since skipping a lower site changes what the routers above see. The routers' thresholds are as before
-    afterwards. Raises BudgetError where there are fewer units than shares to tell apart.
+    the new one, since skipping a lower site changes what the routers above see; once for all where it does not (`route`
+    granularity). The routers' thresholds are as before afterwards. Raises BudgetError where there are fewer units than
+    shares to tell apart.
     """
     routing = routing_of(model)
     routers = list(routing.routers().values())
@@ -190,13 +191,17 @@ def calibrate(
             set_threshold(routers, float("-inf"))
             seen = _router_logits(model, batches)
             for done, keep in enumerate(todo):
-                for _ in range(2):
-                    set_threshold(routers, quantile_threshold(seen, keep))
-                    with recording() as record:
-                        seen = _router_logits(model, batches)
-                measured = record.keep_ratio("prefill")
-                assert measured is not None
-                points.append(CalibrationPoint(measured.routed, _quantiles(seen)))
+                if routing.granularity.ahead:
+                    kept = (seen >= quantile_threshold(seen, keep)).double().mean().item()
+                else:
+                    for _ in range(2):
+                        set_threshold(routers, quantile_threshold(seen, keep))
+                        with recording() as record:
+                            seen = _router_logits(model, batches)
+                    measured = record.keep_ratio("prefill")
+                    assert measured is not None
+                    kept = measured.routed
+                points.append(CalibrationPoint(kept, _quantiles(seen)))
                 if progress:
                     progress(done + 1, len(todo))
     finally:

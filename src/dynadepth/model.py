@@ -143,7 +143,7 @@ def _entry(routing: Routing, layer: nn.Module) -> nn.Module | None:
     before, _ = _norm_names(routing.target, routing.spec)
     if before is None or not routing.rests:
         return None
-    return getattr(layer, before)
+    return getattr(layer, before, None)
 
 
 def _norm_names(target: Target, spec: ArchitectureSpec) -> tuple[str | None, str | None]:

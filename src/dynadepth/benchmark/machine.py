@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from dynadepth.errors import ConfigError
 from dynadepth.hub import cache_dir
 from dynadepth.methods import DepthConfig
 from dynadepth.routed import Routing, routing_of, unwrapped
+from dynadepth.routing.decision import RoutingDecision
 from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.whole_route import decide_each
 
 Progress = Callable[[str], object]
 
@@ -199,6 +201,18 @@ class DrawnRouter(AbstractRouter):
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.router(hidden)
-        units = torch.arange(logits.numel(), device=logits.device)
-        turn = (units * 40503 % 65536 / 65536 + self.place) % 1  # steps of the golden ratio
-        return torch.where(turn < self.keep, 1.0, -1.0).view(logits.shape)
+        return _drawn(logits.numel(), self.keep, torch.tensor(self.place, device=logits.device)).view(logits.shape)
+
+    @staticmethod
+    def decide_each(routers: Sequence[AbstractRouter], hidden: Tensor) -> list[RoutingDecision]:
+        own = [router for router in routers if isinstance(router, DrawnRouter)]
+        decide_each([router.router for router in own], hidden)  # asked, and not heeded
+        places = torch.tensor([[router.place] for router in own], device=hidden.device)
+        drawn = _drawn(len(hidden), own[0].keep, places)
+        return [RoutingDecision(*parts) for parts in zip((drawn > 0).unbind(), drawn.unbind(), strict=True)]
+
+
+def _drawn(units: int, keep: float, place: Tensor) -> Tensor:
+    """Logits of so many units: 1 of the share `keep`, else -1; for each of the places `[...]`, `[..., units]`."""
+    steps = torch.arange(units, device=place.device) * 40503 % 65536 / 65536  # of the golden ratio
+    return torch.where((steps + place) % 1 < keep, 1.0, -1.0)

@@ -140,14 +140,13 @@ def settling(model: PreTrainedModel, variant: Variant) -> Iterator[None]:
     def between(router: torch.nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
         router.threshold = _threshold(logits.flatten(), variant.keep)
 
-    routers = list(routing_of(model).routers().values()) if variant.by_input else []
-    hooks = [router.train().register_forward_hook(between) for router in routers]  # and so each is asked by itself
+    routers = routing_of(model).routers().values() if variant.by_input else ()
+    hooks = [router.register_forward_hook(between) for router in routers]
     try:
         yield
     finally:
-        for hook, router in zip(hooks, routers, strict=True):
+        for hook in hooks:
             hook.remove()
-            router.eval()
 
 
 def _threshold(logits: Tensor, keep: float) -> Tensor:

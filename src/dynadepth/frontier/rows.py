@@ -36,7 +36,10 @@ class Row:
 
 
 DEFAULT, DRLLM = Tuned("default"), Searched("drllm-paper")
-IDENTITY = {"method": {"method": "mindskip", "bias": True, "penalty": 0.0, "layers": "all"}, "joint": 1.0}
+IDENTITY = {
+    "method": {"method": "mindskip", "granularity": "route", "bias": True, "penalty": 0.0, "layers": "all"},
+    "joint": 1.0,
+}
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
     Row("static", "skips the sublayers with the lowest 1 − cosine, the same for every input", Static("cosine")),

@@ -46,7 +46,7 @@ class DepthConfig(ABC):
     target: str = "attention"
     """`attention`, `mlp` or `block`."""
     granularity: str = "sequence"
-    """`sequence` or `token`."""
+    """`sequence`, `route` or `token`."""
     layers: tuple[int, ...] | str | None = None
     """Routed layers; `"all"`; None: the method's default for the model's depth."""
     kv_policy: str = "project"

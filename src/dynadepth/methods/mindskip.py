@@ -1,9 +1,9 @@
 """MindSkip: attention (or MLP, or block) with dynamic depth, its routers tuned alone (Router-Tuning, arXiv 2410.13184).
 
-Router: one linear map of the routed module's own input, sigmoid, executes where the score reaches 0.5 (section 3, Eq.
-3). Training: straight-through gate; L = L_task + penalty * ReLU(mean gate - capacity) (section 3.3, Eq. 9 and 10). The
-mean is taken per sequence and the ReLU before averaging sequences, so that gradient accumulation does not change the
-trajectory.
+Router: one linear map of the routed module's own input (at `route` granularity, of the lowest one's), sigmoid, executes
+where the score reaches 0.5 (section 3, Eq. 3). Training: straight-through gate; L = L_task + penalty * ReLU(mean gate -
+capacity) (section 3.3, Eq. 9 and 10). The mean is taken per sequence and the ReLU before averaging sequences, so that
+gradient accumulation does not change the trajectory.
 """
 
 from __future__ import annotations

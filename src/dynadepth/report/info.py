@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TARGETS = ("attention", "mlp", "block")
-WAYS = {"sequence": ("sequence", "project"), "token": ("token", "project"), "token, drop": ("token", "drop")}
+WAYS = {
+    "sequence": ("sequence", "project"),
+    "route": ("route", "project"),
+    "token": ("token", "project"),
+    "token, drop": ("token", "drop"),
+}
 """Granularity and KV policy of each column; `drop` says nothing of a target without keys and values."""
 
 

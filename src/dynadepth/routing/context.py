@@ -63,6 +63,7 @@ class ForwardContext:
     normed: dict[Site, Tensor] = field(default_factory=dict)
     planned: frozenset[Site] = frozenset()
     pooled: Tensor | None = None
+    pooled_at: Site | None = None
     attention_fixes: dict[int, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
     attention_again: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
     after_norm: dict[Site, Callable[..., Tensor]] = field(default_factory=dict)

@@ -33,6 +33,8 @@ class Granularity(ABC):
     """May any method decide so? Else those alone that have it as their default."""
     sticky: ClassVar[bool]
     """Is a decision made once a sequence and then kept?"""
+    ahead: ClassVar[bool] = False
+    """Is everything decided before anything is skipped, so that no logit depends on a threshold?"""
 
     def run(self, state: SublayerState, call: SublayerCall, context: ForwardContext) -> Any:
         """The routed sublayer's output, in the form the host expects."""

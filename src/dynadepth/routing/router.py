@@ -62,8 +62,8 @@ class AbstractRouter(nn.Module, ABC):
 
     @staticmethod
     def decide_each(routers: Sequence[AbstractRouter], hidden: Tensor) -> list[RoutingDecision]:
-        """What each of these routers, all of one class, decides for the same states; without gates. A class whose
-        routers can be asked in one product overrides it; hooks on single routers then see nothing."""
+        """What each of these routers, all of this class, decides for the same states; without gates. A class whose
+        routers can be asked in one product overrides it."""
         return [router.decide(hidden, with_gate=False) for router in routers]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
