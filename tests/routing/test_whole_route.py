@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from dynadepth import Site, fixed_routes, recording, routing_of, set_budget
-from dynadepth.routing.whole_route import PerRoute
-from small import ALL, FAMILIES, LAYERS, bare, ids, ragged, routed
+from dynadepth import MindSkipConfig, Site, attach, fixed_routes, load, recording, routing_of, save, set_budget
+from dynadepth.methods.mindskip import LinearRouter
+from dynadepth.routing.router import AbstractRouter
+from dynadepth.routing.whole_route import PerRoute, decide_each
+from small import ALL, FAMILIES, LAYERS, bare, checkpoint, ids, ragged, routed, scatter
 from transfers import transfers
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -121,3 +123,117 @@ def test_injected_decisions_and_budgets_of_one_look_at_nothing(monkeypatch: pyte
     assert record.keep_ratio().routed == 1 - 1 / LAYERS
     set_budget(model, attention=1.0)
     model(input_ids=ids(2, 5))
+
+
+# ---- how they are asked
+
+
+def test_one_product_asks_them_all_unless_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[int] = []
+    product = LinearRouter.decide_each
+
+    def counted(routers: Any, hidden: torch.Tensor) -> Any:
+        products.append(len(routers))
+        return product(routers, hidden)
+
+    monkeypatch.setattr(LinearRouter, "decide_each", staticmethod(counted))
+    model, batch = routed(granularity="route"), batch_of(True)
+    wanted = model(**batch).depth_logits
+    model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert products == [LAYERS, LAYERS]
+    heard: list[Any] = []
+    routing_of(model).states[Site(2, "attention")].router.register_forward_hook(lambda *args: heard.append(args))
+    found = model(**batch).depth_logits
+    assert (len(products), len(heard)) == (2, 1)
+    for site, logits in wanted.items():
+        torch.testing.assert_close(found[site], logits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_is_what_each_would_say(bias: bool) -> None:
+    model = scatter(attach(bare(), MindSkipConfig(layers=ALL, granularity="route", bias=bias)))
+    routers = list(routing_of(model).routers().values())
+    hidden = torch.randn(3, routers[0].weight.shape[0])
+    for router, decision in zip(routers, decide_each(routers, hidden), strict=True):
+        alone = router.decide(hidden, with_gate=False)
+        assert torch.equal(decision.logits, alone.logits)
+        assert torch.equal(decision.execute, alone.execute)
+
+
+class Other(LinearRouter):
+    """Of another class than its neighbours."""
+
+
+def test_routers_of_several_classes() -> None:
+    model, batch = routed(granularity="route"), batch_of(True)
+    wanted = model(**batch).logits
+    routing_of(model).states[Site(1, "attention")].router.__class__ = Other
+    torch.testing.assert_close(model(**batch).logits, wanted)
+    assert Other.decide_each is not AbstractRouter.decide_each
+
+
+# ---- sites that are not asked beside those that are
+
+
+def with_a_site_open(lowest: bool, target: str = "attention", family: str = "llama") -> Any:
+    """One site's threshold is minus infinity, so that inference need not ask it."""
+    model = routed(family, target=target, granularity="route")
+    routers = list(routing_of(model).routers().values())
+    router = routers[0 if lowest else 2]
+    router.threshold.fill_(float("-inf"))
+    router.asked = False
+    return model
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_saving_changes_no_route(lowest: bool, tmp_path: Any) -> None:
+    model, batch = with_a_site_open(lowest), batch_of(True)
+    for router in routing_of(model).routers().values():
+        router.asked = True
+    wanted = model(**batch)
+    save(model, tmp_path)
+    found = load(bare(), tmp_path)(**batch)
+    assert found.depth_trace.routes == wanted.depth_trace.routes
+    torch.testing.assert_close(found.logits, wanted.logits)
+
+
+@FAMILY
+@pytest.mark.parametrize("target", ["attention", "mlp"])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_rows_that_come_late(family: str, target: str, lowest: bool) -> None:
+    model, batch = with_a_site_open(lowest, target, family), ragged([8, 3])
+    cache, logits = None, []
+    for start, stop in ((0, 4), (4, 8)):
+        part = {"input_ids": batch["input_ids"][:, start:stop], "attention_mask": batch["attention_mask"][:, :stop]}
+        outputs = model(**part, past_key_values=cache, use_cache=True)
+        cache, _ = outputs.past_key_values, logits.append(outputs.logits)
+    alone = model(input_ids=batch["input_ids"][1:, 5:])
+    torch.testing.assert_close(logits[1][1:, 1:], alone.logits, rtol=1e-4, atol=1e-5)
+
+
+# ---- gradient checkpointing where gradients pass below the lowest site
+
+
+@pytest.mark.parametrize("target", ["attention", "mlp", "block"])
+@pytest.mark.parametrize("layers", [ALL, ALL[1:]])
+@pytest.mark.parametrize("skip_path", ["identity", "linear"])
+@pytest.mark.parametrize("learning", [True, False], ids=["routers learn", "routers rest"])
+def test_checkpointing_of_a_base_that_learns(
+    target: str, layers: tuple[int, ...], skip_path: str, learning: bool
+) -> None:
+    config = {"target": target, "layers": layers, "skip_path": skip_path, "granularity": "route", "penalty": 0.1}
+    batch = {**batch_of(True), "prompt_mask": torch.arange(6).expand(3, -1) < 5}
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    gradients = []
+    for checkpointing in (False, True):
+        model = routed(**config).train().requires_grad_(True)
+        for router in routing_of(model).routers().values():
+            router.requires_grad_(learning)
+        if checkpointing:
+            checkpoint(model, {"use_reentrant": False})
+        model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, replayed = gradients
+    assert plain.keys() == replayed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(replayed[name], gradient, rtol=1e-4, atol=1e-6)
