@@ -88,7 +88,7 @@ class Routing:
     @property
     def chooses(self) -> bool:
         """Do tokens compete within their sequence while training (see `routing/expert_choice.py`)?"""
-        return any(isinstance(router, ChoosingRouter) for router in self.routers().values())
+        return any(isinstance(state.router, ChoosingRouter) for state in self.states.values())
 
     def routers(self) -> dict[Site, AbstractRouter]:
         """The router of each site."""

@@ -264,7 +264,7 @@ def test_a_table_has_a_time_for_each_measured_share(monkeypatch, family, granula
             table = measure_table(model, workload, told.append)
         assert record.keep_ratio() is None  # nothing of it is the caller's
         assert table.workload == workload
-        assert list(table.routed) == [0.0, 0.5, 1.0 if granularity == "sequence" else 0.75]
+        assert list(table.routed) == [0.0, 0.5, 0.75 if granularity == "token" else 1.0]
         assert all(times.prefill_s > 0 for times in (table.dense, *table.routed.values()))
         assert (table.dense.decode_s > 0) == (workload.new_tokens > 1)
     assert "round 2 of 2" in told[-1]
@@ -295,8 +295,8 @@ def test_drawn_decisions_keep_their_share_and_ask_the_routers(granularity, kv_po
         for step in range(3):
             copy(tokens[:, step : step + 1], past_key_values=cache)
     assert asked_at_prefill == LAYERS
-    assert len(asked) == LAYERS * (1 if granularity == "sequence" else 4)
-    tolerance = 0 if granularity == "sequence" else 0.03
+    assert len(asked) == LAYERS * (4 if granularity == "token" else 1)
+    tolerance = 0.03 if granularity == "token" else 0
     assert record.keep_ratio("prefill").routed == pytest.approx(keep, abs=tolerance)
     for sequence in record.sequences:
         assert sum(sequence.values()) / LAYERS == pytest.approx(keep, abs=tolerance)

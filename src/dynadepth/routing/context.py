@@ -34,6 +34,8 @@ class ForwardContext:
     outside; sites not named execute. `masked`: run every unit and select (routers learn); else run the executing units
     alone. `choosing`: tokens compete within their sequence (see `expert_choice`). `penalised`: the method's loss is a
     part of the model's. `whole`: sites whose sticky route lets every row execute, so that nothing is left to do there.
+    `idle`: sites whose sticky route lets no row execute, and whose output is known without looking at anything:
+    `zeros`, a view of one that is never written to.
     `resting`: sites known before they are reached to execute no row and to leave nothing for a skip path to look at.
     `parting`: sites known before they are reached to execute some of the rows, whose states alone are normed: `normed`.
     `planned`: sites whose routes were decided at a lower one, from what was `pooled` there.
@@ -58,6 +60,8 @@ class ForwardContext:
     output_attentions: bool = False
     injected: Mapping[Site, Injection] | None = None
     whole: frozenset[Site] = frozenset()
+    idle: frozenset[Site] = frozenset()
+    zeros: Tensor | None = None
     resting: frozenset[Site] = frozenset()
     parting: frozenset[Site] = frozenset()
     normed: dict[Site, Tensor] = field(default_factory=dict)

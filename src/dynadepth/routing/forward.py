@@ -210,9 +210,10 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         padding_unknown=mask is not None and token_mask is None and prompt_mask is None,
         output_attentions=attentions,
         injected=injections(routing),
-        whole=frozenset() if prefill or masked or attentions or not routing.granularity.sticky else book.whole,
     )
     context.resting = _resting(routing, context)
+    if routing.granularity.sticky and not (prefill or masked or attentions):
+        context.whole, context.idle = book.whole, context.resting
     return context
 
 

@@ -97,6 +97,15 @@ class SublayerState:
             context.after_norm[self.site] = lambda norm, output: output
         return self.wrap(self.target.skipped(hidden, contribution), weights)
 
+    def idle(self, hidden: Tensor, context: ForwardContext) -> Any:
+        """As `skip_all`, where the path is the identity and no weights are wanted. Zeros are made once a forward."""
+        zeros = context.zeros
+        if self.target.name == "block":
+            return self.wrap(self.target.skipped(hidden, None), None)
+        if zeros is None or zeros.shape != hidden.shape or zeros.device != hidden.device or zeros.dtype != hidden.dtype:
+            zeros = context.zeros = self.target.skipped(hidden, None)
+        return self.wrap(zeros, None)
+
     def contribution(
         self, hidden: Tensor, context: ForwardContext, rows: tuple[list[int], Tensor] | None = None
     ) -> Tensor | None:
@@ -208,6 +217,9 @@ class RoutedSublayer:
         if state.site in context.whole:
             context.trace.routes[state.site] = context.book.routes[state.site]
             return base(*args, **kwargs)
+        if state.site in context.idle:
+            context.trace.routes[state.site] = context.book.routes[state.site]
+            return state.idle(args[0] if args else kwargs["hidden_states"], context)
         return state.granularity.run(state, SublayerCall(base, args, kwargs), context)
 
 

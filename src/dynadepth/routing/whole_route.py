@@ -62,7 +62,7 @@ class PerRoute(PerSequence):
         if lowest.owner.rests:
             context.resting, context.parting = book.resting - here, book.mixed - here
         if context.past == 0 and not context.output_attentions:
-            context.whole = book.whole - here
+            context.whole, context.idle = book.whole - here, context.resting
 
 
 def decide_each(routers: Sequence[AbstractRouter], hidden: Tensor) -> list[RoutingDecision]:
