@@ -59,7 +59,7 @@ def test_an_interrupted_grid_keeps_its_points(run, model_folder, tmp_path, monke
 
 def test_refusals(refused, model_folder, tmp_path):
     bench = ("bench", model_folder)
-    assert "static, sequence, mixed" in refused(*bench, "--compare", "nonsense")
+    assert "static, sequence, route, mixed" in refused(*bench, "--compare", "nonsense")
     assert "--resume needs --json" in refused(*bench, "--resume")
     assert "--seconds must be more than 0" in refused(*bench, "--seconds", "0")
     assert "nothing to draw" in refused(*bench, "--figure", tmp_path / "a.svg")

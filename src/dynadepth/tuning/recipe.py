@@ -154,7 +154,7 @@ class Recipe:
             )
         if not granularity_named(config.granularity).sticky:
             raise ConfigError(
-                "A static route is the same for every token: tune it at sequence or route granularity, not "
+                "A static route is the same for every token: tune it at sequence granularity, not "
                 f"{config.granularity}."
             )
         if config.skip:
