@@ -29,10 +29,12 @@ PARTS = (
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "block"])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("granularity", "most"), [("sequence", LAYERS), ("route", 1)])
 def test_one_host_transfer_a_site_at_prefill_and_none_at_decode(
-    monkeypatch: pytest.MonkeyPatch, target: str, padded: bool
+    monkeypatch: pytest.MonkeyPatch, target: str, padded: bool, granularity: str, most: int
 ) -> None:
-    model, dense = routed(target=target), bare()
+    """Of whole routes one for all sites."""
+    model, dense = routed(target=target, granularity=granularity), bare()
     batch = ragged([6, 2, 4] if padded else [5, 5, 5])
     steps = [batch, {"input_ids": ids(3, 1), "attention_mask": torch.ones(3, batch["input_ids"].shape[1] + 1)}]
     counts = []
@@ -43,7 +45,7 @@ def test_one_host_transfer_a_site_at_prefill_and_none_at_decode(
                 cache = subject(**step, past_key_values=cache, use_cache=True).past_key_values
             counts.append(counted.count)
     dense_prefill, dense_decode, prefill, decode = counts
-    assert 0 < prefill - dense_prefill <= LAYERS
+    assert 0 < prefill - dense_prefill <= most
     assert decode == dense_decode
     assert len(set(zip(*cache.routes.values(), strict=True))) > 1
 

@@ -12,7 +12,6 @@ from dynadepth.methods.mindskip import LinearRouter
 from dynadepth.routing.router import AbstractRouter
 from dynadepth.routing.whole_route import PerRoute, decide_each
 from small import ALL, FAMILIES, LAYERS, bare, checkpoint, ids, ragged, routed, scatter
-from transfers import transfers
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TARGET = pytest.mark.parametrize("target", ["attention", "mlp", "block"])
@@ -42,24 +41,6 @@ def test_every_router_answers_to_the_input_of_the_lowest_site(
         executes = (router(seen[0]) >= router.threshold).tolist()
         assert outputs.depth_trace.routes[site] == executes
     assert len(outputs.depth_logits) == len(layers)
-
-
-@TARGET
-@PADDED
-def test_one_host_transfer_a_prefill_and_none_at_decode(
-    monkeypatch: pytest.MonkeyPatch, target: str, padded: bool
-) -> None:
-    model, dense, batch = routed(target=target, granularity="route"), bare(), batch_of(padded)
-    steps = [batch, {"input_ids": ids(3, 1), "attention_mask": torch.ones(3, batch["input_ids"].shape[1] + 1)}]
-    counts = []
-    for subject in (dense, model):
-        cache = None
-        for step in steps:
-            with transfers(monkeypatch) as counted:
-                cache = subject(**step, past_key_values=cache, use_cache=True).past_key_values
-            counts.append(counted.count)
-    assert [counts[2] - counts[0], counts[3] - counts[1]] == [1, 0]
-    assert len(set(zip(*cache.routes.values(), strict=True))) > 1
 
 
 @FAMILY
