@@ -36,10 +36,6 @@ class Row:
 
 
 DEFAULT, DRLLM = Tuned("default"), Searched("drllm-paper")
-IDENTITY = {
-    "method": {"method": "mindskip", "granularity": "route", "bias": True, "penalty": 0.0, "layers": "all"},
-    "joint": 1.0,
-}
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
     Row("static", "skips the sublayers with the lowest 1 − cosine, the same for every input", Static("cosine")),
@@ -71,7 +67,7 @@ ROWS = (
     Row(
         "identity",
         "the default recipe without skip paths: what is skipped contributes nothing",
-        Tuned("default", IDENTITY),
+        Tuned("default", {"joint": 1.0}, {"skip_path": "identity"}),
     ),
     Row(
         "default-lora",
