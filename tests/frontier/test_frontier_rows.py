@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from runs import settings_for
 from dynadepth import attach, detach, is_attached, load, lora, recording, routing_of
 from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from dynadepth.evaluation import evaluate
-from dynadepth.frontier import makers, orders, workbench
+from dynadepth.frontier import makers, orders, run, static, workbench
 from dynadepth.frontier.rows import ROWS
 from dynadepth.frontier.run import Teller, run_frontier
 from dynadepth.frontier.shuffled import deranged, giving, shuffled, watching
@@ -180,6 +181,24 @@ def test_fitted_paths_are_used_again_where_settings_are_the_same(opened, setting
     forget_cells(tmp_path)
     monkeypatch.setattr(workbench, "FIT_TOKENS", 50)
     with pytest.raises(ConfigError, match=r"static-linear were made with other settings \(fit: tokens is 32768 there"):
+        run_frontier(*opened, asked, tmp_path)
+
+
+def test_what_is_not_tuned_depends_on_the_texts_of_the_recipe_alone(opened, settings, tmp_path, monkeypatch):
+    """Static rows outlive a change of how routers are tuned, and not one of what is read."""
+    asked = settings("static", "static-alone", "static-linear", budgets=(0.5,))
+    run_frontier(*opened, asked, tmp_path)
+    monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured again"))
+
+    def changed(**fields):
+        recipe = replace(load_recipe(), **fields)
+        for module in (static, orders):
+            monkeypatch.setattr(module, "load_recipe", lambda: recipe)
+
+    changed(bias_learning_rate=0.5, method={**load_recipe().method, "granularity": "sequence"})
+    run_frontier(*opened, asked, tmp_path)
+    changed(passages=0.5)
+    with pytest.raises(ConfigError, match=r"static@0.5.json was made .*texts: passages is 0.8 there and 0.5 here"):
         run_frontier(*opened, asked, tmp_path)
 
 

@@ -95,7 +95,7 @@ LEFT_OUT = {"deepest": 1}
 def order_settings(order: str, bench: Workbench, name: str, target: str) -> dict[str, Any]:
     """What a measured order depends on; nothing for the others."""
     if order == "cosine":
-        return {"importance": bench.tuning_settings(name, load_recipe())}
+        return {"importance": bench.text_settings(name, load_recipe())}
     return {"importance": _settings(bench, name, target, order)} if order in BY_REMOVAL else {}
 
 
@@ -119,7 +119,7 @@ def _settings(bench: Workbench, name: str, target: str, order: str) -> dict[str,
     removal: dict[str, Any] = {"target": target, "tokens": TOKENS, "stride": STRIDE, "patience": PATIENCE}
     if order == "damage":
         removal["paths"] = bench.fit_settings(name, load_recipe(), every_site(target))["fit"]
-    return plain({**bench.tuning_settings(name, load_recipe()), "removal": removal})
+    return plain({**bench.text_settings(name, load_recipe()), "removal": removal})
 
 
 @dataclass

@@ -33,6 +33,9 @@ from dynadepth.tuning.surrogate import fit_paths
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+OF_TEXTS = ("max_samples", "max_length", "shuffle", "answer_tokens", "passages")
+"""What of a recipe decides the texts that are tuned on."""
+
 
 @dataclass
 class Workbench:
@@ -69,8 +72,7 @@ class Workbench:
     def examples(self, row: str, recipe: Recipe) -> list[Example]:
         """The method's tuning data, read or written once."""
         source = self.source(row, recipe)
-        written = (recipe.answer_tokens, recipe.passages)
-        key = (source, recipe.max_samples, recipe.max_length, recipe.shuffle, written)
+        key = (source, *(getattr(recipe, name) for name in OF_TEXTS))
         if key not in self._examples:
             try:
                 self._examples[key] = examples_for(
@@ -115,15 +117,20 @@ class Workbench:
 
     def tuning_settings(self, row: str, recipe: Recipe) -> dict[str, Any]:
         """What a method's routers depend on, as JSON."""
-        return plain(
-            {
-                "recipe": recipe.to_dict(),
-                "data": source_facts(self.source(row, recipe)),
-                "max_samples": self.settings.max_samples,
-                "seed": self.settings.seed,
-                "model": self.fingerprint,
-            }
-        )
+        return plain({"recipe": recipe.to_dict(), **self._sources(row, recipe)})
+
+    def text_settings(self, row: str, recipe: Recipe) -> dict[str, Any]:
+        """What is measured on a method's tuning data, without tuning, depends on, as JSON."""
+        texts = {name: getattr(recipe, name) for name in (*OF_TEXTS, "holdout")}
+        return plain({"texts": texts, **self._sources(row, recipe)})
+
+    def _sources(self, row: str, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "data": source_facts(self.source(row, recipe)),
+            "max_samples": self.settings.max_samples,
+            "seed": self.settings.seed,
+            "model": self.fingerprint,
+        }
 
     def is_tuned(self, row: str, recipe: Recipe) -> bool:
         """Are the method's routers finished? Raises `ConfigError` where they are, with other settings."""
@@ -172,7 +179,7 @@ class Workbench:
     def fit_settings(self, row: str, recipe: Recipe, config: StaticConfig) -> dict[str, Any]:
         """What fitted skip paths depend on, as JSON."""
         fit = {"config": config.to_dict(), "tokens": FIT_TOKENS}
-        return plain({**self.tuning_settings(row, recipe), "fit": fit})
+        return plain({**self.text_settings(row, recipe), "fit": fit})
 
     def is_fitted(self, row: str, recipe: Recipe, config: StaticConfig) -> bool:
         """Are the method's skip paths fitted? Raises `ConfigError` where they are, with other settings."""
