@@ -10,8 +10,9 @@ from dynadepth.errors import BudgetError, ConfigError, TuningError
 from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import kl_loss, kl_sum
+from dynadepth.tuning.run import tune
 from dynadepth.tuning.surrogate import fit_paths
-from dynadepth.tuning.trainer import RouterTrainer, tune
+from dynadepth.tuning.trainer import RouterTrainer
 from tuning_runs import LINEAR, RECIPE, STATIC, Tokenizer, examples, fingerprint, tiny
 
 both = pytest.mark.parametrize("recipe", [RECIPE, LINEAR], ids=["identity", "linear"])

@@ -8,8 +8,9 @@ from typing import Any
 
 from dynadepth.tuning.data import Collator, Example, load_examples
 from dynadepth.tuning.recipe import Recipe, known_recipes, load_recipe
+from dynadepth.tuning.run import TuneResult, tune
 from dynadepth.tuning.self_data import plain_passages, self_examples
-from dynadepth.tuning.trainer import RouterTrainer, TuneResult, tune
+from dynadepth.tuning.trainer import RouterTrainer
 
 __all__ = [
     "Collator",

@@ -1,12 +1,9 @@
-"""Tunes routers, skip paths and a LoRA where asked for, with `transformers.Trainer`: the backbone is frozen,
+"""The trainer of routers, skip paths and a LoRA where asked for, on `transformers.Trainer`: the backbone is frozen,
 checkpoints hold what is tuned and optimiser state."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dynadepth import budget as budgets
-from dynadepth.dial import set_budget
-from dynadepth.errors import ConfigError, TuningError
-from dynadepth.lora import LoraSettings
-from dynadepth.methods import StaticConfig
-from dynadepth.model import add_lora, attach, detach, fixed_routes, save
-from dynadepth.routed import is_attached, routing_of, unwrapped
-from dynadepth.routing.decision import KeepRatio
+from dynadepth.errors import TuningError
+from dynadepth.model import save
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.sublayer import PATH, ROUTER
-from dynadepth.tuning.choice import STATIC, Choice, choose, settle
 from dynadepth.tuning.controller import QuantileController, RouteController
-from dynadepth.tuning.data import Collator, Example, pad_token_id
-from dynadepth.tuning.heldout import distance, distances
+from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
-from dynadepth.tuning.start import (
-    check_learnable,
-    damage_of,
-    data_digest,
-    fit,
-    held_out,
-    initialise,
-    keep_of,
-    resumable,
-    scores_of,
-    start_by_token,
-    state_budget,
-)
+from dynadepth.tuning.start import keep_of
 
 BESIDE = ("paths", "lora")
 """Kinds of parameters that are not the routers' (`_kind`)."""
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
-
-
-@dataclass
-class TuneResult:
-    """What a run did. Keep ratios and KL are measured on held-out prompts, with hard decisions."""
-
-    directory: str
-    seconds: float
-    steps: int
-    n_trainable: int
-    n_train: int
-    n_heldout: int
-    keep_before: KeepRatio | None
-    keep_after: KeepRatio | None
-    kl_before: float
-    kl_after: float
-    moved: float
-    """Root mean square change of the router parameters."""
-    losses: list[float] = field(default_factory=list)
-    static_skip: list[int] = field(default_factory=list)
-    """Layers that a static route of the budget skips: the one saved, or the one of the same importance scores."""
-    kl_static: float | None = None
-    """KL of the latter with the tuned skip paths; None where a static route is saved."""
-    explained: dict[str, float] | None = None
-    """Share of the variance of each site's contribution that its skip path explained as fitted."""
-    choice: Choice | None = None
-    """Between routers and a static route, where the recipe asks for it."""
 
 
 class RouterTrainer(Trainer):
@@ -91,7 +42,7 @@ class RouterTrainer(Trainer):
         """One a step."""
         self.keeps: list[float] = []
         self._step = -1
-        self.last_good = _snapshot(self.model)
+        self.last_good = snapshot(self.model)
 
     def compute_loss(
         self,
@@ -114,7 +65,7 @@ class RouterTrainer(Trainer):
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the "
                 "last good step. Try a lower learning_rate, or bfloat16 instead of float16."
             )
-        self.last_good = _snapshot(self.model)
+        self.last_good = snapshot(self.model)
         if self.state.global_step != self._step:
             self._step = self.state.global_step
             self.losses.append(0.0)
@@ -180,11 +131,6 @@ class _Report(TrainerCallback):
             self.progress("tune", state.global_step, state.max_steps, figures)
 
 
-def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    """Tells of one stage that has no figures."""
-    return None if progress is None else (lambda done, total: progress(name, done, total, {}))
-
-
 def _kind(name: str) -> str:
     """Which learning rate a parameter has."""
     if f".{PATH}." in name:
@@ -194,7 +140,7 @@ def _kind(name: str) -> str:
     return "biases" if name.endswith(f"{ROUTER}.bias") else "others"
 
 
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all that is learnt, by the names on disk."""
     routing = routing_of(model)
     beside = {} if routing.lora is None else routing.lora.tensors()
@@ -202,7 +148,7 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `_snapshot`."""
+    """The inverse of `snapshot`."""
     routing = routing_of(model)
     beside = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     routing.load_tensors({name: tensor for name, tensor in tensors.items() if name not in beside})
@@ -210,144 +156,14 @@ def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         routing.lora.load_tensors(beside)
 
 
-def tune(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    recipe: Recipe,
-    *,
-    out: str | Path,
-    budget: float | None = None,
-    target: str | None = None,
-    granularity: str | None = None,
-    kv_policy: str | None = None,
-    seed: int = 0,
-    resume: bool = True,
-    progress: Progress | None = None,
-) -> TuneResult:
-    """Attaches fresh routers to `model`, tunes them on `examples`, calibrates their budgets and saves them in `out`.
-
-    Where the recipe says `choose`, a static route with the same skip paths is saved instead unless the routers are
-    better. Held-out examples (the recipe's share, or as many as calibration takes) give the calibration, that choice
-    and the figures of the result, never gradients. An interrupted run with the same settings resumes from its last
-    checkpoint. Raises TuningError where the loss turns NaN (the last good routers are saved first) or where there are
-    too few examples, ConfigError where the recipe leaves nothing to tune.
-    """
-    started = time.monotonic()
-    out = Path(out)
-    if is_attached(model):
-        raise ConfigError("This model is already routed: dynadepth.detach(model) first.")
-    if len(examples) < 2:
-        raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
-
-    overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
-    attach(model, recipe.config(**overrides))
-    try:
-        if recipe.lora:
-            torch.manual_seed(seed)
-            add_lora(model, LoraSettings.from_dict(recipe.lora))
-        budget, keep = state_budget(model, recipe, budget, overrides)
-        check_learnable(model, recipe)
-        routing = routing_of(model)
-        shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
-        n_heldout = held_out(recipe, routing, len(examples), len(shares))
-        heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
-        routing.provenance = {
-            "recipe": recipe.to_dict(),
-            "config": routing.config.to_dict(),
-            "budget": budget,
-            "seed": seed,
-            "n_train": len(training),
-            "data": data_digest(examples),
-        }
-        pad = pad_token_id(tokenizer)
-        collator = Collator(pad, seed=seed)
-        # A sequence is decided on its prompt, a token wherever it stands.
-        decided = [
-            e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)]
-            if routing.granularity.sticky
-            else e.input_ids
-            for e in heldout
-        ]
-        held_batches = budgets.prompts_to_batches(decided, pad)
-        if shares:
-            budgets.check_prompts(model, held_batches, len(shares))
-        explained = fit(model, training, pad, _stage(progress, "fit"))
-        if recipe.order == "damage":
-            scores = damage_of(model, heldout, pad, _stage(progress, "importance by removal"))
-        else:
-            scores = scores_of(model, examples, pad, routing.target.name)
-            scores = {site: score for site, score in scores.items() if site in routing.states}
-        torch.manual_seed(seed)
-        initialise(model, recipe, scores, budget)
-        start_by_token(model, recipe, training, pad, budget, _stage(progress, "fit"))
-    except BaseException:
-        detach(model)
-        raise
-    start = _snapshot(model)
-    before = distance(model, heldout, collator)
-
-    scoring = Collator(pad, seed=seed, score_prompts=recipe.score == "all")
-    trainer = _trainer(model, training, scoring, recipe, out, budget, seed, progress)
-    checkpoint = resumable(out, routing.provenance) if resume else None
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except (KeyboardInterrupt, TuningError) as error:
-        routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
-        if routing.is_static:
-            set_budget(model, **{routing.target.name: budget})
-        save(model, out)
-        raise
-    finally:
-        for router in routing.routers().values():
-            router.requires_grad_(True)
-    model.eval()
-    now, n_trainable = _snapshot(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moved = [(now[k] - start[k]).flatten() for k in now if not k.endswith("threshold") and _kind(k) not in BESIDE]
-    choice = None
-    if shares:
-        budgets.calibrate(model, held_batches, shares, _stage(progress, "calibrate"))
-        if recipe.choose:
-            compared = sorted({budget, *recipe.budgets}, reverse=True)
-            choice = choose(model, heldout, collator, compared, scores, _stage(progress, "compare"))
-            if choice.chosen == STATIC:
-                settle(model, choice.order)
-                routing = routing_of(model)
-    if routing.is_static or recipe.calibrate:
-        set_budget(model, **{routing.target.name: budget})
-    after = distance(model, heldout, collator)
-    skip = budgets.static_skip(scores, budget, routing.n_layers)
-    if isinstance(routing.config, StaticConfig):
-        skip = routing.config.skip
-    fixed = partial(fixed_routes, model, {site: site.layer not in skip for site in routing.sites})
-    result = TuneResult(
-        directory=str(out),
-        seconds=time.monotonic() - started,
-        steps=trainer.state.global_step,
-        n_trainable=n_trainable,
-        n_train=len(training),
-        n_heldout=len(heldout),
-        keep_before=before.keep,
-        keep_after=after.keep,
-        kl_before=before.mean,
-        kl_after=after.mean,
-        moved=float(torch.cat(moved).square().mean().sqrt()) if moved else 0.0,
-        losses=trainer.losses,
-        static_skip=list(skip),
-        kl_static=None if routing.is_static else distances(model, heldout, collator, [fixed])[0].mean,
-        explained=explained,
-        choice=choice,
-    )
-    for path in routing.paths().values():
-        path.to(unwrapped(model).dtype)
-    if routing.lora is not None:
-        routing.lora.to(unwrapped(model).dtype)
-    routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
-    save(model, out)
-    return result
+def moved(before: dict[str, Tensor], now: dict[str, Tensor]) -> float:
+    """Root mean square change of the router parameters between two snapshots."""
+    routers = [name for name in now if not name.endswith("threshold") and _kind(name) not in BESIDE]
+    changes = [(now[name] - before[name]).flatten() for name in routers]
+    return float(torch.cat(changes).square().mean().sqrt()) if changes else 0.0
 
 
-def _trainer(
+def trainer_for(
     model: nn.Module,
     training: list[Example],
     collator: Collator,
@@ -357,6 +173,7 @@ def _trainer(
     seed: int,
     progress: Progress | None,
 ) -> RouterTrainer:
+    """The trainer of a routed model, by the recipe."""
     device = next(unwrapped(model).parameters()).device
     steps = recipe.max_steps
     per_step = recipe.batch_size * recipe.gradient_accumulation

@@ -1,0 +1,255 @@
+"""A tuning run from first to last: routers attached, skip paths fitted, both trained, budgets calibrated, all saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynadepth import budget as budgets
+from dynadepth.dial import set_budget
+from dynadepth.errors import ConfigError, TuningError
+from dynadepth.lora import LoraSettings
+from dynadepth.methods import StaticConfig
+from dynadepth.model import add_lora, attach, detach, fixed_routes, save
+from dynadepth.routed import is_attached, routing_of, unwrapped
+from dynadepth.routing.decision import KeepRatio, Site
+from dynadepth.tuning.choice import STATIC, Choice, choose, settle
+from dynadepth.tuning.data import Collator, Example, pad_token_id
+from dynadepth.tuning.heldout import distance, distances
+from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.start import (
+    check_learnable,
+    damage_of,
+    data_digest,
+    fit,
+    held_out,
+    initialise,
+    resumable,
+    scores_of,
+    start_by_token,
+    state_budget,
+)
+from dynadepth.tuning.trainer import Progress, RouterTrainer, moved, snapshot, trainer_for
+
+
+@dataclass
+class TuneResult:
+    """What a run did. Keep ratios and KL are measured on held-out prompts, with hard decisions."""
+
+    directory: str
+    seconds: float
+    steps: int
+    n_trainable: int
+    n_train: int
+    n_heldout: int
+    keep_before: KeepRatio | None
+    keep_after: KeepRatio | None
+    kl_before: float
+    kl_after: float
+    moved: float
+    """Root mean square change of the router parameters."""
+    losses: list[float] = field(default_factory=list)
+    static_skip: list[int] = field(default_factory=list)
+    """Layers that a static route of the budget skips: the one saved, or the one of the same importance scores."""
+    kl_static: float | None = None
+    """KL of the latter with the tuned skip paths; None where a static route is saved."""
+    explained: dict[str, float] | None = None
+    """Share of the variance of each site's contribution that its skip path explained as fitted."""
+    choice: Choice | None = None
+    """Between routers and a static route, where the recipe asks for it."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a run starts from, with the model attached, fitted and initialised."""
+
+    budget: float
+    training: list[Example]
+    heldout: list[Example]
+    collator: Collator
+    """Of held-out examples."""
+    prompts: budgets.Batches
+    """Held-out ones, as far as a decision sees them."""
+    shares: list[float]
+    """Keep ratios to calibrate; none of a static route."""
+    scores: dict[Site, float]
+    """Importance."""
+    explained: dict[str, float] | None
+
+
+def tune(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    budget: float | None = None,
+    target: str | None = None,
+    granularity: str | None = None,
+    kv_policy: str | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Attaches fresh routers to `model`, tunes them on `examples`, calibrates their budgets and saves them in `out`.
+
+    Where the recipe says `choose`, a static route with the same skip paths is saved instead unless the routers are
+    better. Held-out examples (the recipe's share, or as many as calibration takes) give the calibration, that choice
+    and the figures of the result, never gradients. An interrupted run with the same settings resumes from its last
+    checkpoint. Raises TuningError where the loss turns NaN (the last good routers are saved first) or where there are
+    too few examples, ConfigError where the recipe leaves nothing to tune.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if is_attached(model):
+        raise ConfigError("This model is already routed: dynadepth.detach(model) first.")
+    if len(examples) < 2:
+        raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
+
+    overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
+    attach(model, recipe.config(**overrides))
+    try:
+        start = _start(model, pad_token_id(tokenizer), examples, recipe, budget, overrides, seed, progress)
+    except BaseException:
+        detach(model)
+        raise
+    learnt = snapshot(model)
+    before = distance(model, start.heldout, start.collator)
+    trainer = _train(model, start, recipe, out, seed, resume, progress)
+    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    way = moved(learnt, snapshot(model))
+    choice = _set(model, start, recipe, progress)
+    after = distance(model, start.heldout, start.collator)
+    routing = routing_of(model)
+    skip = budgets.static_skip(start.scores, start.budget, routing.n_layers)
+    if isinstance(routing.config, StaticConfig):
+        skip = routing.config.skip
+    fixed = partial(fixed_routes, model, {site: site.layer not in skip for site in routing.sites})
+    result = TuneResult(
+        directory=str(out),
+        seconds=time.monotonic() - started,
+        steps=trainer.state.global_step,
+        n_trainable=n_trainable,
+        n_train=len(start.training),
+        n_heldout=len(start.heldout),
+        keep_before=before.keep,
+        keep_after=after.keep,
+        kl_before=before.mean,
+        kl_after=after.mean,
+        moved=way,
+        losses=trainer.losses,
+        static_skip=list(skip),
+        kl_static=None if routing.is_static else distances(model, start.heldout, start.collator, [fixed])[0].mean,
+        explained=start.explained,
+        choice=choice,
+    )
+    for path in routing.paths().values():
+        path.to(unwrapped(model).dtype)
+    if routing.lora is not None:
+        routing.lora.to(unwrapped(model).dtype)
+    routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
+    save(model, out)
+    return result
+
+
+def _start(
+    model: nn.Module,
+    pad: int,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    budget: float | None,
+    overrides: dict[str, str | None],
+    seed: int,
+    progress: Progress | None,
+) -> _Start:
+    if recipe.lora:
+        torch.manual_seed(seed)
+        add_lora(model, LoraSettings.from_dict(recipe.lora))
+    budget, keep = state_budget(model, recipe, budget, overrides)
+    check_learnable(model, recipe)
+    routing = routing_of(model)
+    shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
+    n_heldout = held_out(recipe, routing, len(examples), len(shares))
+    heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
+    routing.provenance = {
+        "recipe": recipe.to_dict(),
+        "config": routing.config.to_dict(),
+        "budget": budget,
+        "seed": seed,
+        "n_train": len(training),
+        "data": data_digest(examples),
+    }
+    collator = Collator(pad, seed=seed)
+    # A sequence is decided on its prompt, a token wherever it stands.
+    decided = [
+        e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)]
+        if routing.granularity.sticky
+        else e.input_ids
+        for e in heldout
+    ]
+    prompts = budgets.prompts_to_batches(decided, pad)
+    if shares:
+        budgets.check_prompts(model, prompts, len(shares))
+    explained = fit(model, training, pad, _stage(progress, "fit"))
+    if recipe.order == "damage":
+        scores = damage_of(model, heldout, pad, _stage(progress, "importance by removal"))
+    else:
+        scores = scores_of(model, examples, pad, routing.target.name)
+        scores = {site: score for site, score in scores.items() if site in routing.states}
+    torch.manual_seed(seed)
+    initialise(model, recipe, scores, budget)
+    start_by_token(model, recipe, training, pad, budget, _stage(progress, "fit"))
+    return _Start(budget, training, heldout, collator, prompts, shares, scores, explained)
+
+
+def _train(
+    model: nn.Module, start: _Start, recipe: Recipe, out: Path, seed: int, resume: bool, progress: Progress | None
+) -> RouterTrainer:
+    """Trains, or goes on from the last checkpoint; what is stopped leaves a usable folder."""
+    routing = routing_of(model)
+    scoring = Collator(start.collator.pad_token_id, seed=seed, score_prompts=recipe.score == "all")
+    trainer = trainer_for(model, start.training, scoring, recipe, out, start.budget, seed, progress)
+    checkpoint = resumable(out, routing.provenance) if resume else None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (KeyboardInterrupt, TuningError) as error:
+        routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
+        if routing.is_static:
+            set_budget(model, **{routing.target.name: start.budget})
+        save(model, out)
+        raise
+    finally:
+        for router in routing.routers().values():
+            router.requires_grad_(True)
+    model.eval()
+    return trainer
+
+
+def _set(model: nn.Module, start: _Start, recipe: Recipe, progress: Progress | None) -> Choice | None:
+    """Calibrates every budget, chooses between routers and a static route where asked to, and sets the run's budget."""
+    choice = None
+    if start.shares:
+        budgets.calibrate(model, start.prompts, start.shares, _stage(progress, "calibrate"))
+        if recipe.choose:
+            compared = sorted({start.budget, *recipe.budgets}, reverse=True)
+            stage = _stage(progress, "compare")
+            choice = choose(model, start.heldout, start.collator, compared, start.scores, stage)
+            if choice.chosen == STATIC:
+                settle(model, choice.order)
+    routing = routing_of(model)
+    if routing.is_static or recipe.calibrate:
+        set_budget(model, **{routing.target.name: start.budget})
+    return choice
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    """Tells of one stage that has no figures."""
+    return None if progress is None else (lambda done, total: progress(name, done, total, {}))
