@@ -11,7 +11,8 @@ from dynadepth.evaluation import evaluate, paired_bootstrap, perplexity
 from dynadepth.evaluation.lm_eval import DynadepthLM
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
 
-KEYS = {"tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "depth", "flops_share", "kv_share"}
+KEYS = {"tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "depth", "flops_share",
+        "flops_share_target", "kv_share"}  # fmt: skip
 TASK_KEYS = {"metric", "acc", "acc_norm", "perplexity", "stderr", "n"}
 
 
@@ -56,7 +57,7 @@ def test_everything_at_once(routed, tokenizer, folder):
     assert found["kl"] > 0
     assert 0 <= found["agreement"] < 1
     assert 0 < found["keep_ratio"]["routed"] < found["keep_ratio"]["all"] < 1
-    assert 0 < found["flops_share"] < 1
+    assert 0 < found["flops_share_target"] < found["flops_share"] < 1
     assert found["kv_share"] == pytest.approx(found["keep_ratio"]["all"])
     assert f"{text}: 2 of 2 windows" in lines
     assert any(line.startswith("arc_easy, sums: ") for line in lines)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dynadepth.errors import BudgetError, ConfigError
+from dynadepth.frontier import rows
 from dynadepth.frontier import run as running
 from dynadepth.frontier.settings import parse_budgets, parse_data
 
@@ -28,7 +29,12 @@ def test_the_command_and_its_page(run, words, tmp_path):
     assert "[2/5] static@0.75: perplexity" in result.stderr
     assert "next: dynadepth report" in result.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["cells", "frontier.json", "quality-keep.png", "quality-keep.svg"]
+    assert files == ["cells", "frontier.json", "quality-keep.png", "quality-keep.svg", "table.md"]
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert lines[0].startswith("| method | budget | executed | FLOPs | of target | KV | perplexity |")
+    assert [row.split(" | ")[:2] for row in lines[2:]] == [
+        ["| dense", "-"], ["| static", "0.75"], ["| static", "0.5"], ["| random", "0.75"], ["| random", "0.5"],
+    ]  # fmt: skip
     page = run("report", tmp_path / "out")
     assert page.exit_code == 0
     assert page.stderr == ""
@@ -40,6 +46,18 @@ def test_ctrl_c_says_what_is_kept(run, words, monkeypatch):
     result = run(*words, "--methods", "static")
     assert result.exit_code == 130
     assert "the same command goes on from there" in result.stderr
+
+
+def test_without_methods_one_whose_data_cannot_be_had_is_left_out(run, refused, words, monkeypatch):
+    """The published recipe's data is on the hub, and tests are offline."""
+    monkeypatch.setattr(rows, "ROWS", tuple(r for r in rows.ROWS if r.name in ("dense", "random", "mindskip-paper")))
+    at = words.index("--data")
+    words = [*words[:at], *words[at + 2 :], "--budgets", "0.5"]
+    assert "--data mindskip-paper=FILE" in refused(*words, "--methods", "random,mindskip-paper")
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "mindskip-paper is left out: " in " ".join(result.stderr.split())
+    assert "[2/2] random@0.5: perplexity" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dynadepth.errors import DataError
-from dynadepth.report.cells import read_folder
-from dynadepth.report.frontier_figures import write_figures
+from dynadepth.report.folder import read_folder
+from dynadepth.report.frontier_figures import drawings, write_figures
 from dynadepth.report.frontier_page import render
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -194,6 +194,51 @@ def test_figures_may_be_missing_in_cells(folder, part):
     assert "<svg" in render(read_folder(folder))
 
 
+DAMAGES = {
+    "no text": lambda cell: cell["text"].update(perplexity={}),
+    "perplexity": lambda cell: cell["text"]["perplexity"]["text.txt"].update(ppl="many"),
+    "keep ratio": lambda cell: cell["text"].update(keep_ratio=0.5),
+    "kind": lambda cell: cell["kinds"].update(chat=[]),
+    "kind without numbers": lambda cell: cell["kinds"].update(chat={"sequences": "four", "keep_ratio": None}),
+    "interval": lambda cell: cell["against_dense"]["perplexity"]["text.txt"].pop("low"),
+    "against nobody": lambda cell: cell.update(against={"perplexity": {"text.txt": {}}}),
+    "site": lambda cell: cell["site_keep"].update(first=0.5),
+    "layer that is not there": lambda cell: cell["site_keep"].update({"99.attention": 0.5}),
+    "share": lambda cell: cell["site_keep"].update({"0.attention": None}),
+    "sample": lambda cell: cell["samples"].__setitem__(0, None),
+    "sample without prompt": lambda cell: cell["samples"][0].pop("prompt"),
+    "sample's route": lambda cell: cell["samples"][0].update(route={"zero": 1.0}),
+    "sample's depth": lambda cell: cell["samples"][0].update(depth=[1, 2]),
+    "speed": lambda cell: cell.update(speed=[3]),
+    "speed-up": lambda cell: cell.update(speed=[{"phase": "decode", "speedup": "fast"}]),
+    "routes": lambda cell: cell.update(routes=[1]),
+    "tasks": lambda cell: cell.update(tasks={"tasks": {"alpha": 0.5}}),
+    "provenance": lambda cell: cell.update(provenance="mine"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_cell_that_cannot_be_shown_is_named_and_the_rest_is_shown(folder, damage, run):
+    path = folder / "cells" / "static@0.75.json"
+    cell = json.loads(path.read_text())
+    DAMAGES[damage](cell)
+    path.write_text(json.dumps(cell))
+    result = run("report", folder)
+    assert result.exit_code == 0, result.output
+    found = read_folder(folder)
+    assert "static@0.75.json is damaged" in " ".join(found.problems)
+    assert set(found.cells) == {"dense", "static", "random"}
+    assert list(found.cells["static"]) == [0.5]
+
+
+def test_cells_of_another_model_are_named(folder):
+    path = folder / "cells" / "static@0.75.json"
+    cell = json.loads(path.read_text())
+    cell["settings"]["model"] = "0123456789abcdef"
+    path.write_text(json.dumps(cell))
+    assert "The cells are of 2 models: differences between them mean nothing." in read_folder(folder).problems
+
+
 def test_a_folder_with_nothing_usable_is_one_error(tmp_path, refused):
     assert "no folder" in refused("report", tmp_path / "nowhere")
     assert "no finished cell" in refused("report", tmp_path)
@@ -212,3 +257,33 @@ def test_figures_are_written_twice(folder):
     first = (folder / "quality-keep.svg").read_bytes()
     write_figures(folder, read_folder(folder))
     assert (folder / "quality-keep.svg").read_bytes() == first
+
+
+def test_quality_is_drawn_against_keep_ratio_and_speed_with_error_bars(folder):
+    times = {("static", 0.75): (1.25, 1.5), ("static", 0.5): (1.5, 2.0), ("random", 0.75): (1.125, 1.375)}
+    for path in (folder / "cells").iterdir():
+        cell = json.loads(path.read_text())
+        prefill, decode = times.get((cell["row"], cell["budget"]), (None, None))
+        cell["speed"] = [
+            {"phase": phase, "speedup": value, "spread": 0.25}
+            for phase, value in (("prefill", prefill), ("decode", decode))
+            if value is not None
+        ]
+        path.write_text(json.dumps(cell))
+    found = read_folder(folder)
+    drawn = {drawing.name: drawing.figure.axes[0] for drawing in drawings(found)}
+    assert list(drawn) == ["quality-keep", "tasks-keep", "quality-prefill", "quality-decode"]
+    for name, axes in drawn.items():
+        series = {bars.get_label(): bars for bars in axes.containers}
+        assert set(series) == {"static", "random"}, "one line a method"
+        _, _, bars = series["static"].lines
+        assert len(bars) == (2 if name in ("quality-prefill", "quality-decode") else 1), "timing has a spread"
+    for place, phase in enumerate(("prefill", "decode")):
+        line, _, bars = {b.get_label(): b for b in drawn[f"quality-{phase}"].containers}["static"].lines
+        shown = sorted(zip(*line.get_data(), bars[-1].get_segments(), strict=True), key=lambda point: point[0])
+        for (x, y, bar), budget in zip(shown, (0.75, 0.5), strict=True):
+            cell = found.cells["static"][budget]
+            ratio = cell["against_dense"]["perplexity"]["text.txt"]
+            assert x == times["static", budget][place]
+            assert y == cell["text"]["perplexity"]["text.txt"]["ppl"]
+            assert [end[1] / y for end in bar] == pytest.approx([ratio[k] / ratio["value"] for k in ("low", "high")])

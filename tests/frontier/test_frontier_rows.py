@@ -176,8 +176,17 @@ def test_fitted_paths_are_used_again_where_settings_are_the_same(opened, setting
     asked = settings("static-linear", budgets=(0.5,))
     run_frontier(*opened, asked, tmp_path)
     forget_cells(tmp_path)
-    monkeypatch.setattr(workbench, "fit_paths", lambda *_: pytest.fail("fitted again"))
-    run_frontier(*opened, asked, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(workbench, "fit_paths", lambda *_: pytest.fail("fitted again"))
+        run_frontier(*opened, asked, tmp_path)
+    forget_cells(tmp_path)
+    weights = tmp_path / "routers" / "static-linear" / "routers.safetensors"
+    whole, told = weights.read_bytes(), []
+    weights.write_bytes(whole[:100])
+    run_frontier(*opened, asked, tmp_path, Teller(told.append))
+    assert "static-linear" in told[0]
+    assert told[0].endswith("They are made again.")
+    assert weights.read_bytes()[100:] == whole[100:]
     forget_cells(tmp_path)
     monkeypatch.setattr(workbench, "FIT_TOKENS", 50)
     with pytest.raises(ConfigError, match=r"static-linear were made with other settings \(fit: tokens is 32768 there"):

@@ -18,7 +18,8 @@ from dynadepth.frontier.makers import Tuned
 from dynadepth.frontier.run import Teller, run_frontier
 from dynadepth.frontier.scoring import blend
 from dynadepth.frontier.static import Static
-from dynadepth.report.cells import cell_name, read_cell, read_folder
+from dynadepth.report.cells import cell_name, read_cell
+from dynadepth.report.folder import read_folder
 from dynadepth.report.frontier_table import budgets_met, summary_of
 
 
@@ -103,6 +104,26 @@ def test_an_interrupted_run_goes_on_where_it_was(opened, model_folder, data, tmp
     assert cells_of(tmp_path) == CELLS
     assert told[0].startswith("[3/5] static@0.5: perplexity ")
     assert "2 left, " in told[0]
+
+
+def test_an_interrupted_timing_loses_no_quality(opened, model_folder, data, tmp_path, monkeypatch):
+    settings = settings_for(model_folder, data, methods=("static",), budgets=(0.5,), bench=True)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "timed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_frontier(*opened, settings, tmp_path)
+    kept = read_cell(tmp_path / "cells" / "dense@1.json")
+    assert kept["speed"] is None
+    scored = []
+    monkeypatch.setattr(run, "measured", lambda *a, of=run.measured: (scored.append(1), of(*a))[1])
+    found = run_frontier(*opened, settings, tmp_path)
+    assert len(scored) == 1, "dense was scored before"
+    assert found.cells["static"][0.5]["speed"]
+    assert {**found.dense, "speed": None, "speed_settings": None, "seconds": 0} == {**kept, "seconds": 0}
 
 
 def test_a_damaged_cell_is_said_and_measured_again(folder, opened, model_folder, data, counted):

@@ -110,6 +110,7 @@ def show(results: dict[str, Any]) -> None:
         rows.append(("executed, of all sublayers of the target", percent(results["keep_ratio"]["all"])))
         rows.append(("executions of them, repeats counted twice", number(results["depth"], 2)))
         rows.append(("FLOPs of the dense model", percent(results["flops_share"])))
+        rows.append(("FLOPs of the target's sublayers", percent(results["flops_share_target"])))
         rows.append(("KV bytes of the dense model", percent(results["kv_share"])))
     if rows:
         console.print(facts("Routing", rows))

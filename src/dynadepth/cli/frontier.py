@@ -21,7 +21,11 @@ def frontier(
     ] = Path("frontier-output"),
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", metavar="A,B", help="Rows of the comparison; dense is always one. (default: all)"),
+        typer.Option(
+            "--methods",
+            metavar="A,B",
+            help="Rows of the comparison; dense is always one. (default: all whose data can be had)",
+        ),
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="B,C", help="Shares of all sublayers of the target that may execute.")
@@ -102,7 +106,7 @@ def frontier(
         settings.scored()  # what cannot be read is said before a large model is loaded
         loaded, tokenizer = open_model(model, dtype=dtype)
         with progress("comparing") as tell:
-            found = run_frontier(loaded, tokenizer, settings, out_dir, Teller(say, tell))
+            found = run_frontier(loaded, tokenizer, settings, out_dir, Teller(say, tell), lenient=not methods)
         drawn = write_figures(out_dir, found)
         show(found)
         say(f"wrote {', '.join(path.name for path in drawn)} in {out_dir}; next: dynadepth report {out_dir}")

@@ -15,7 +15,7 @@ def report(
 ) -> None:
     """Write DIR/report.html: one page with everything on it that a frontier found, and nothing beside it."""
     with reporting("no page was written."):
-        from dynadepth.report.cells import read_folder
+        from dynadepth.report.folder import read_folder
         from dynadepth.report.frontier_page import write_page
         from dynadepth.report.html import require_extra
 

@@ -58,7 +58,8 @@ def evaluate(
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `depth` their mean executions of the target's sublayers (repeats count twice), `flops_share` and
-    `kv_share` those of the whole model, for sequences of their mean length.
+    `kv_share` those of the whole model, `flops_share_target` that of the target's sublayers with routers and skip
+    paths, for sequences of their mean length.
 
     Raises `DataError` for files and names that cannot be scored, `ConfigError` where there is nothing to do.
     """
@@ -169,14 +170,16 @@ def _block(results: Mapping[str, TaskResult], measured: Mapping[str, Perplexity]
 def _spent(model: Any, record: Recorder, length: int) -> dict[str, Any]:
     keep = record.keep_ratio("prefill") if is_attached(model) else None
     if keep is None:
-        return {"keep_ratio": None, "depth": None, "flops_share": None, "kv_share": None}
+        return {"keep_ratio": None, "depth": None, "flops_share": None, "flops_share_target": None, "kv_share": None}
     from dynadepth.cost import flops_share, kv_share
 
     sites = record.site_passes("prefill")
+    share = flops_share(model, sites, length)
     return {
         "keep_ratio": {"routed": keep.routed, "all": keep.all},
         "depth": record.depth("prefill"),
-        "flops_share": flops_share(model, sites, length).model,
+        "flops_share": share.model,
+        "flops_share_target": share.target,
         "kv_share": kv_share(model, sites, length),
     }
 

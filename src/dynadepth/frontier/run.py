@@ -24,21 +24,22 @@ from dynadepth.frontier.settings import Settings
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.provenance import provenance
 from dynadepth.recipe_files import difference
+from dynadepth.records import write_text
 from dynadepth.report.cells import (
     DENSE,
     FORMAT,
     ROUTERS,
     SUMMARY,
+    TABLE,
     Cell,
     Findings,
     cell_name,
     cell_path,
     plain,
-    read_cell,
-    read_folder,
     write_json,
 )
-from dynadepth.report.frontier_table import summary_of
+from dynadepth.report.folder import read_folder, usable
+from dynadepth.report.frontier_table import markdown, summary_of
 from dynadepth.report.stamp import stamp
 
 if TYPE_CHECKING:
@@ -59,22 +60,24 @@ def run_frontier(
     settings: Settings,
     out: Path,
     teller: Teller | None = None,
+    lenient: bool = False,
 ) -> Findings:
     """Measures every cell that `out` does not hold yet, and writes `frontier.json`. The model is given back bare.
 
     Raises `ConfigError` for an unknown method or for cells and routers made with other settings, `BudgetError` for a
     budget that a method cannot reach, `DataError` for texts, tasks and tuning data that cannot be read: all of it
-    before the first cell. A method that this model cannot have is said and left out.
+    before the first cell. A method that this model cannot have is said and left out, and so is, with `lenient`, one
+    whose data cannot be had.
     """
     teller = teller or Teller()
     model.eval()
-    bench = Workbench(model, tokenizer, settings, out, teller.detail)
+    bench = Workbench(model, tokenizer, settings, out, teller.detail, teller.say)
     rows = chosen(settings.methods)
     plan = [(row, b) for row in rows for b in row.maker.budgets(row.name, settings.budgets, bench.n_layers)]
     common = {"model": bench.fingerprint, "dtype": str(model.dtype).removeprefix("torch."), **settings.scored()}
     wanted = {row.name: plain({**common, "method": row.maker.settings(bench, row.name)}) for row in rows}
     _collect(bench, plan, wanted, teller)
-    rows = [row for row in rows if _ready(bench, row, plan, teller)]
+    rows = [row for row in rows if _ready(bench, row, plan, teller, lenient)]
     plan = [(row, budget) for row, budget in plan if row in rows]
     _write_summary(bench, rows, plan)
 
@@ -85,8 +88,6 @@ def run_frontier(
         place = f"[{number}/{len(plan)}] {name}"
         bench.tell = partial(_detail, teller, place)
         cell = _measure(bench, row, budget, wanted[row.name])
-        write_json(cell_path(out, row.name, budget), cell)
-        bench.finished[name] = plain(cell)
         _write_summary(bench, rows, plan)
         teller.say(f"{place}: {_told(cell)}{_left(bench, plan)}")
     return read_folder(out)
@@ -101,7 +102,7 @@ def _collect(
         if not path.exists():
             continue
         try:
-            cell = read_cell(path)
+            cell = usable(path)
         except DataError as error:
             teller.say(f"{error} It is measured again.")
             continue
@@ -121,13 +122,18 @@ def _complete(bench: Workbench, row: Row, budget: Budget) -> bool:
     return cell is not None and (not bench.settings.bench or cell.get("speed") is not None)
 
 
-def _ready(bench: Workbench, row: Row, plan: list[tuple[Row, Budget]], teller: Teller) -> bool:
+def _ready(bench: Workbench, row: Row, plan: list[tuple[Row, Budget]], teller: Teller, lenient: bool) -> bool:
     """Can what is left of the row be measured? Said where it cannot."""
     if all(_complete(bench, row, budget) for of, budget in plan if of is row):
         return True
     try:
         row.maker.ready(bench, row.name)
     except UnsupportedModelError as error:
+        teller.say(f"{row.name} is left out: {error}")
+        return False
+    except DataError as error:
+        if not lenient:
+            raise
         teller.say(f"{row.name} is left out: {error}")
         return False
     return True
@@ -138,41 +144,53 @@ def _detail(teller: Teller, place: str, line: str) -> None:
 
 
 def _measure(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) -> Cell:
-    """One cell, or what it lacks: a cell that was made without timing is only timed."""
+    """One cell, or what it lacks. It is kept as soon as it is scored, and again when it is timed: an interrupted timing
+    loses no quality."""
+    cell = bench.finished.get(cell_name(row.name, budget))
+    if cell is None:
+        cell = _scored(bench, row, budget, wanted)
+        _keep(bench, row, budget, cell)
+    if bench.settings.bench:
+        started = time.monotonic()
+        speed = []
+        for part in row.maker.parts(bench, row.name, budget):
+            with part.opened() as model:
+                own = part.scored is None
+                speed.append((part.share, timed(model, bench.tokenizer, bench.settings, bench.tell) if own else []))
+        cell = {**cell, "speed": blend(speed), "speed_settings": bench.settings.timed()}
+        cell["seconds"] += time.monotonic() - started
+        _keep(bench, row, budget, cell)
+    return cell
+
+
+def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) -> Cell:
+    """A cell without times."""
     started = time.monotonic()
     settings = bench.settings
-    before = bench.finished.get(cell_name(row.name, budget))
-    parts = row.maker.parts(bench, row.name, budget)
     found: list[tuple[float, Any]] = []
-    speed: list[tuple[float, Any]] = []
     mark: dict[str, Any] = {}
+    parts = row.maker.parts(bench, row.name, budget)
     for part in parts:
         with part.opened() as model:
             mark = mark or stamp(settings.model, model, seed=settings.seed)
-            if before is None:
-                if part.scored is None:
-                    found.append((part.share, measured(model, bench.tokenizer, settings, bench.tell)))
-                else:
-                    found.append((part.share, part.scored(model)))
-            if settings.bench:
-                own = part.scored is None
-                speed.append((part.share, timed(model, bench.tokenizer, settings, bench.tell) if own else []))
-    cell: Cell
-    if before is None:
-        cell = {"format": FORMAT, "row": row.name, "budget": budget, "model": settings.model, "settings": wanted}
-        cell |= blend(found)
-        dense = cell if row.name == DENSE else bench.cell(DENSE, 1.0)
-        cell["against_dense"] = against(cell["rows"], dense["rows"], settings.seed)
-        if row.of is not None:
-            other = bench.cell(row.of, budget)["rows"]
-            cell["against"] = {"row": row.of, **against(cell["rows"], other, settings.seed)}
-        cell |= {"mixture": [part.share for part in parts], "provenance": mark, "tuning": _tuning(bench, row)}
-    else:
-        cell = dict(before)
-    cell["speed"] = blend(speed) if settings.bench else None
-    cell["speed_settings"] = settings.timed() if settings.bench else None
-    cell["seconds"] = cell.get("seconds", 0.0) + time.monotonic() - started
-    return cell
+            scores = (
+                measured(model, bench.tokenizer, settings, bench.tell) if part.scored is None else part.scored(model)
+            )
+            found.append((part.share, scores))
+    cell: Cell = {"format": FORMAT, "row": row.name, "budget": budget, "model": settings.model, "settings": wanted}
+    cell |= blend(found)
+    dense = cell if row.name == DENSE else bench.cell(DENSE, 1.0)
+    cell["against_dense"] = against(cell["rows"], dense["rows"], settings.seed)
+    if row.of is not None:
+        other = bench.cell(row.of, budget)["rows"]
+        cell["against"] = {"row": row.of, **against(cell["rows"], other, settings.seed)}
+    cell |= {"mixture": [part.share for part in parts], "provenance": mark, "tuning": _tuning(bench, row)}
+    return cell | {"speed": None, "speed_settings": None, "seconds": time.monotonic() - started}
+
+
+def _keep(bench: Workbench, row: Row, budget: Budget, cell: Cell) -> None:
+    write_json(cell_path(bench.out, row.name, budget), cell)
+    bench.finished[cell_name(row.name, budget)] = plain(cell)
 
 
 def _tuning(bench: Workbench, row: Row) -> dict[str, Any] | None:
@@ -197,13 +215,16 @@ def _write_summary(bench: Workbench, rows: list[Row], plan: list[tuple[Row, Budg
     names = [name for name in known if name in named] + [name for name in named if name not in known]
     planned = [cell_name(row.name, budget) for row, budget in plan]
     planned += [cell_name(name, b) for name, cells in before.cells.items() for b in cells]
+    before.rows = [named[name] for name in names]
+    if before.cells:
+        write_text(bench.out / TABLE, markdown(before))
     settings = bench.settings
     write_json(
         bench.out / SUMMARY,
         {
             "format": FORMAT,
             "model": settings.model,
-            "rows": [named[name] for name in names],
+            "rows": before.rows,
             "planned": list(dict.fromkeys(planned)),
             "cells": [summary_of(cell) for cells in before.cells.values() for cell in cells.values()],
             "settings": {**settings.scored(), **settings.timed(), "bench": settings.bench},

@@ -144,6 +144,7 @@ def _spent(results: Mapping[str, Any]) -> dict[str, Any]:
         "keep_ratio": WHOLE if bare else results["keep_ratio"],
         "depth": None if bare else results["depth"],
         "flops_share": 1.0 if bare else results["flops_share"],
+        "flops_share_target": 1.0 if bare else results["flops_share_target"],
         "kv_share": 1.0 if bare else results["kv_share"],
     }
 

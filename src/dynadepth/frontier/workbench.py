@@ -47,6 +47,8 @@ class Workbench:
     out: Path
     tell: Callable[[str], None] = lambda line: None
     """Takes news of long work."""
+    say: Callable[[str], object] = lambda line: None
+    """Takes what has to stay on the screen."""
     finished: dict[str, Cell] = field(default_factory=dict)
     """Cells by name."""
     _examples: dict[tuple[Any, ...], list[Example]] = field(default_factory=dict)
@@ -143,7 +145,9 @@ class Workbench:
             made = adapter.read(folder)[0].get("provenance") or {}
         except NewerFormatError as error:
             raise ConfigError(f"{error} Or give another --out: they are not made again in their place.") from error
-        except AdapterError:
+        except AdapterError as error:
+            if (folder / adapter.CONFIG).exists():
+                self.say(f"{error} They are made again.")
             return False
         if "frontier" not in made or "stopped" in made:
             return False

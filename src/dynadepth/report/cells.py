@@ -2,11 +2,12 @@
 
     DIR/cells/NAME@BUDGET.json   one cell: a method at a budget, everything that was measured of it
     DIR/frontier.json            the methods and the table, without the scores of single rows
+    DIR/table.md                 the table, to be read
     DIR/routers/NAME             routers of the tuned methods, and fitted skip paths
     DIR/scores/NAME.json         importance by removal, where a method's order is measured so
 
-A cell is written when it is finished, whole or not at all. Reading for the page is lenient: `read_folder` shows what
-can be shown and says what cannot.
+A cell is written when it is finished, whole or not at all; one that was not timed may be timed later. `report.folder`
+reads leniently, for the page.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 from dynadepth.errors import DataError
 from dynadepth.records import plain, read_json, write_json
 
-__all__ = ["CELLS", "DENSE", "FORMAT", "OWN", "ROUTERS", "SCORES", "SUMMARY", "Cell", "Findings", "budget_label",
-           "cell_name", "cell_path", "plain", "read_cell", "read_folder", "read_json", "write_json"]  # fmt: skip
+__all__ = ["CELLS", "DENSE", "FORMAT", "OWN", "ROUTERS", "SCORES", "SUMMARY", "TABLE", "Cell", "Findings",
+           "budget_label", "cell_name", "cell_path", "plain", "read_cell", "read_json", "write_json"]  # fmt: skip
 
 FORMAT = 1
-CELLS, SUMMARY, ROUTERS, SCORES = "cells", "frontier.json", "routers", "scores"
+CELLS, SUMMARY, TABLE, ROUTERS, SCORES = "cells", "frontier.json", "table.md", "routers", "scores"
 OWN = "own"
 """Stands for the budget of a method whose routers have no calibration."""
 DENSE = "dense"
@@ -60,6 +61,7 @@ def read_cell(path: Path) -> Cell:
             raise DataError(f"{path} is damaged: it has no {name!r}.")
     try:
         figures = document["text"]["perplexity"]
+        assert figures, "no text"
         assert all(isinstance(value["nll"], float) for value in figures.values())
         assert document["budget"] is None or isinstance(document["budget"], float)
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -98,37 +100,3 @@ class Findings:
         named = [row for row in self.rows if row["name"] in self.cells]
         known = {row["name"] for row in named}
         return named + [{"name": name, "description": ""} for name in sorted(self.cells) if name not in known]
-
-
-def read_folder(folder: Path) -> Findings:
-    """Everything usable in `folder`, and what is not. Raises `DataError` where nothing is."""
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}.")
-    found = Findings()
-    planned: list[str] = []
-    try:
-        summary = read_json(folder / SUMMARY)
-        found.rows = [{"name": str(row["name"]), "description": str(row["description"])} for row in summary["rows"]]
-        found.provenance, found.model = dict(summary["provenance"]), summary["model"]
-        planned = [str(name) for name in summary["planned"]]
-    except DataError as error:
-        found.problems.append(str(error))
-    except (KeyError, TypeError, ValueError):
-        found.problems.append(f"{folder / SUMMARY} is damaged: it does not name the methods.")
-    files = sorted((folder / CELLS).glob("*.json")) if (folder / CELLS).is_dir() else []
-    for path in files:
-        try:
-            found.add(read_cell(path))
-        except DataError as error:
-            found.problems.append(str(error))
-    if not found.cells:
-        raise DataError(
-            f"{folder} holds no finished cell of a frontier ({'; '.join(p.rstrip('.') for p in found.problems)}): make "
-            "some with `dynadepth frontier MODEL --out DIR`."
-        )
-    there = {path.stem for path in files}
-    found.problems += [f"The cell {name} is missing: it was planned." for name in planned if name not in there]
-    if found.dense is None:
-        found.problems.append("There is no dense cell: differences from the dense model are left out.")
-    found.model = found.model or next(iter(next(iter(found.cells.values())).values())).get("model")
-    return found

@@ -6,20 +6,18 @@ in the folder stands on top of the page; the rest is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dynadepth.report import figures
-from dynadepth.report.cells import DENSE, Findings, budget_label
+from dynadepth.report.cells import Findings, budget_label
 from dynadepth.report.frontier_figures import PALETTE, Drawing, colour_key, drawings, layer_maps
-from dynadepth.report.frontier_table import budgets_met, compared, halves, rough_timing, task_table
+from dynadepth.report.frontier_samples import sample_budget, samples_at
+from dynadepth.report.frontier_table import budgets_met, compared, halves, per_kind, rough_timing, task_table
 from dynadepth.report.html import facts, rendered, write_text
-from dynadepth.report.routes import LEGEND, mean_keep, shaded, span_of, strip, told
+from dynadepth.report.routes import LEGEND
 
 TEMPLATE = "frontier.html.j2"
-SAMPLE_BUDGET = 0.75
-"""Answers are shown at the budget nearest to this one."""
 
 
 def write_page(path: Path, found: Findings) -> Path:
@@ -28,12 +26,12 @@ def write_page(path: Path, found: Findings) -> Path:
 
 
 def render(found: Findings) -> str:
-    """The page of what `report.cells.read_folder` found."""
+    """The page of what `report.folder.read_folder` found."""
     task_columns, task_lines = task_table(found)
     budget_columns, budget_lines, missed = budgets_met(found)
-    at = _sample_budget(found)
+    at = sample_budget(found)
     cells = [cell for by_budget in found.cells.values() for cell in by_budget.values()]
-    rough, samples = rough_timing(found), list(_samples(found, at))
+    rough, samples = rough_timing(found), list(samples_at(found, at))
     return rendered(
         TEMPLATE,
         title=f"{found.model or 'dynadepth'}: quality, depth and speed",
@@ -47,7 +45,7 @@ def render(found: Findings) -> str:
         methods=found.methods,
         tasks={"columns": task_columns, "lines": task_lines},
         budgets={"columns": budget_columns, "lines": budget_lines},
-        per_kind=max((kind.get("sequences", 0) for cell in cells for kind in cell["kinds"].values()), default=0),
+        per_kind=per_kind(cells),
         missed=missed,
         maps=[_inlined(drawing) for drawing in layer_maps(found)],
         samples=samples,
@@ -73,36 +71,6 @@ def _subtitle(found: Findings, cells: list[dict[str, Any]]) -> str:
         f"{len(cells)} cells of {len(found.cells)} methods; {cells[0]['layers']} layers; texts: {', '.join(texts)} "
         f"(up to {tokens:,} scored tokens each). The model itself is frozen."
     )
-
-
-def _sample_budget(found: Findings) -> float | None:
-    budgets = {b for name, cells in found.cells.items() if name != DENSE for b in cells if b is not None}
-    return min(budgets, key=lambda budget: (abs(budget - SAMPLE_BUDGET), budget), default=None)
-
-
-def _samples(found: Findings, at: float | None) -> Iterator[dict[str, Any]]:
-    """Per prompt the answers of every method that has a cell at this budget, of dense, and of those with their own."""
-    shown: dict[str, list[dict[str, Any]]] = {}
-    for row in found.methods:
-        cells = found.cells[row["name"]]
-        cell = cells.get(at) or cells.get(None) or (found.dense if row["name"] == DENSE else None)
-        answers = cell["samples"] if cell else []
-        mean, span = mean_keep(answers), span_of(answers)
-        for answer in answers:
-            assert cell is not None
-            route, text = answer.get("route"), str(answer.get("text") or "").strip()
-            words, more = told(answer.get("keep_ratio"), mean)
-            shown.setdefault(str(answer["prompt"]), []).append(
-                {
-                    "method": row["name"],
-                    "pieces": shaded(answer["depth"], span) if answer.get("depth") else [(text, 0)],
-                    "strip": strip(route, cell["layers"]) if route else "",
-                    "keep": words,
-                    "more": more,
-                }
-            )
-    for prompt, made in shown.items():
-        yield {"prompt": prompt, "answers": made}
 
 
 def _commits(cells: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ TOLERANCE = 0.02
 ROUGH = 0.25
 """Spread of timing samples (interquartile range over median) from which on a ratio means little."""
 
-COST = ("FLOPs", "KV", "prefill", "decode", "routes")
+COST = ("FLOPs", "of target", "KV", "prefill", "decode", "routes")
 """Columns of the table that are not about quality."""
 
 
@@ -21,7 +21,9 @@ def summary_of(cell: Cell) -> dict[str, Any]:
     """One flat line a cell: what the table shows, as numbers. What was not measured is None.
 
     `perplexity` is that of the first text, `ratio` its ratio to dense with `low` and `high` (95 %), `tasks` the mean of
-    the tasks' usual metrics, `difference` that from dense; `prefill` and `decode` are times as fast as dense.
+    the usual metrics of all tasks, `difference` that from dense; `flops_share` is that of the whole model,
+    `flops_share_target` of the target's sublayers with routers and skip paths; `prefill` and `decode` are times as fast
+    as dense.
     """
     text, tasks = cell["text"], cell.get("tasks") or {}
     against = cell.get("against_dense") or {}
@@ -34,6 +36,7 @@ def summary_of(cell: Cell) -> dict[str, Any]:
         "keep_routed": keep.get("routed"),
         "keep_tasks": (tasks.get("keep_ratio") or {}).get("all"),
         "flops_share": text.get("flops_share"),
+        "flops_share_target": text.get("flops_share_target"),
         "kv_share": text.get("kv_share"),
         "text": first,
         "perplexity": text["perplexity"][first].get("ppl"),
@@ -73,11 +76,12 @@ def table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
         "budget": lambda s: "-" if s["method"] == DENSE else budget_label(s["budget"]),
         "executed": lambda s: percent(s["keep_all"]),
         "FLOPs": lambda s: percent(s["flops_share"]),
+        "of target": lambda s: percent(s["flops_share_target"]),
         "KV": lambda s: percent(s["kv_share"]),
         "perplexity": lambda s: number(s["perplexity"]),
         "× dense, 95 %": lambda s: _interval(s, "ratio", 1, "{:.2f}"),
         "KL": lambda s: number(s["kl"], 3),
-        "tasks": lambda s: percent(s["tasks"]),
+        _mean_of(found): lambda s: percent(s["tasks"]),
         "Δ points, 95 %": lambda s: _interval(s, "difference", 100, "{:+.1f}"),
         "prefill": lambda s: _times(s["prefill"]),
         "decode": lambda s: _times(s["decode"]),
@@ -104,6 +108,24 @@ def halves(found: Findings) -> list[tuple[tuple[str, ...], list[Line]]]:
         cut = [Line(line.method, tuple(line.values[i] for i in shown)) for line in lines]
         made.append((tuple(columns[i] for i in shown), cut))
     return made
+
+
+def markdown(found: Findings) -> str:
+    """`table` in Markdown."""
+    columns, lines = table(found)
+    rows = [columns, ("---",) * len(columns), *(line.values for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _mean_of(found: Findings) -> str:
+    """Heading of the mean of all tasks, which is not that of single rows of a paper's table: says of how many."""
+    names = dict.fromkeys(
+        name
+        for cells in found.cells.values()
+        for cell in cells.values()
+        for name in (cell.get("tasks") or {}).get("tasks") or {}
+    )
+    return f"mean of {len(names)} tasks" if len(names) > 1 else next(iter(names), "tasks")
 
 
 def task_table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
@@ -145,6 +167,11 @@ def budgets_met(found: Findings) -> tuple[tuple[str, ...], list[Line], list[str]
             if budget is not None and measured is not None and abs(measured - budget) > TOLERANCE + 1e-9:
                 missed.append(f"{row['name']} at {budget:g} executed {percent(measured)} on the texts.")
     return ("method", "asked", "texts", "tasks", *kinds), lines, missed
+
+
+def per_kind(cells: Iterable[Cell]) -> int:
+    """Most prompts of one kind."""
+    return max((kind.get("sequences", 0) for cell in cells for kind in cell["kinds"].values()), default=0)
 
 
 def compared(found: Findings) -> list[str]:

@@ -1,0 +1,74 @@
+"""A frontier's folder, read leniently: what can be shown, and a sentence for each part that is missing or damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynadepth.errors import DataError
+from dynadepth.report.cells import CELLS, SUMMARY, Cell, Findings, read_cell, read_json
+from dynadepth.report.frontier_samples import samples_at
+from dynadepth.report.frontier_table import budgets_met, compared, per_kind, rough_timing, summary_of, table, task_table
+from dynadepth.routing.decision import Site
+
+OPTIONAL = {"tasks": dict, "against_dense": dict, "against": dict, "speed": list, "routes": dict, "provenance": dict}
+"""What a cell may lack."""
+
+
+def usable(path: Path) -> Cell:
+    """A cell whose every figure can be shown, or `DataError`: all that tables, figures and the page ask of it is asked
+    of it alone."""
+    cell = read_cell(path)
+    alone = Findings()
+    alone.add(cell)
+    try:
+        for name, kind in OPTIONAL.items():
+            if cell.get(name) is not None and not isinstance(cell[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
+        summary_of(cell)
+        shares = [(Site.parse(site), float(share)) for site, share in cell["site_keep"].items()]
+        if any(not 0 <= site.layer < cell["layers"] for site, _ in shares):
+            raise ValueError("site_keep names a layer that does not exist")
+        for show in (table, task_table, budgets_met, compared, rough_timing):
+            show(alone)
+        per_kind([cell])
+        list(samples_at(alone, cell["budget"]))
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: its figures cannot be read ({error!r}).") from error
+    return cell
+
+
+def read_folder(folder: Path) -> Findings:
+    """Everything usable in `folder`, and what is not. Raises `DataError` where nothing is."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}.")
+    found = Findings()
+    planned: list[str] = []
+    try:
+        summary = read_json(folder / SUMMARY)
+        found.rows = [{"name": str(row["name"]), "description": str(row["description"])} for row in summary["rows"]]
+        found.provenance, found.model = dict(summary["provenance"]), summary["model"]
+        planned = [str(name) for name in summary["planned"]]
+    except DataError as error:
+        found.problems.append(str(error))
+    except (KeyError, TypeError, ValueError):
+        found.problems.append(f"{folder / SUMMARY} is damaged: it does not name the methods.")
+    files = sorted((folder / CELLS).glob("*.json")) if (folder / CELLS).is_dir() else []
+    for path in files:
+        try:
+            found.add(usable(path))
+        except DataError as error:
+            found.problems.append(str(error))
+    if not found.cells:
+        raise DataError(
+            f"{folder} holds no finished cell of a frontier ({'; '.join(p.rstrip('.') for p in found.problems)}): make "
+            "some with `dynadepth frontier MODEL --out DIR`."
+        )
+    models = {str(cell["settings"].get("model")) for cells in found.cells.values() for cell in cells.values()}
+    if len(models) > 1:
+        found.problems.append(f"The cells are of {len(models)} models: differences between them mean nothing.")
+    there = {path.stem for path in files}
+    found.problems += [f"The cell {name} is missing: it was planned." for name in planned if name not in there]
+    if found.dense is None:
+        found.problems.append("There is no dense cell: differences from the dense model are left out.")
+    found.model = found.model or next(iter(next(iter(found.cells.values())).values())).get("model")
+    return found
