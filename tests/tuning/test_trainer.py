@@ -273,3 +273,19 @@ def test_what_cannot_be_tuned_is_said(tmp_path):
     with pytest.raises(ConfigError, match="routers with a bias"):
         tune(model, Tokenizer(), examples(), no_bias, out=tmp_path, budget=0.9)
     assert not is_attached(model)  # a run that never started leaves the model as it was
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, LINEAR], ids=["one budget", "several"])
+def test_every_step_executes_the_share_that_it_is_to(tmp_path, monkeypatch, recipe):
+    """The controller pins it: the loss alone would have everything execute."""
+    recipe = dataclasses.replace(recipe, batch_size=8, epochs=4, bias_learning_rate=0.2, joint=1.0)
+    keeps, trainers = [], []
+    note = RouterTrainer.note_keep
+    monkeypatch.setattr(RouterTrainer, "note_keep", lambda self, trace: (trainers.append(self), note(self, trace)))
+    tune(tiny(), Tokenizer(), examples(60), recipe, out=tmp_path, budget=0.5)
+    controller = next(c for c in trainers[0].callback_handler.callbacks if isinstance(c, QuantileController))
+    keeps = trainers[0].keeps
+    assert len(keeps) == len(trainers) >= 18
+    asked = [controller.keep_at(step) for step in range(len(keeps))]
+    drift = [kept - wanted for kept, wanted in zip(keeps[8:], asked[8:], strict=True)]
+    assert abs(sum(drift) / len(drift)) < 0.05, (keeps, asked)
