@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,32 @@ def test_a_file_that_is_no_safetensors_though_its_checksum_fits(saved: Path) -> 
 def test_tensors_that_do_not_fit_the_configuration(saved: Path, change: Any) -> None:
     replace_tensors(saved, change)
     assert "does not fit its own configuration" in refused(bare(), saved)
+
+
+SKIP_PATHS = {
+    "missing": (lambda t: {k: v for k, v in t.items() if k != "2.attention.depth_path.read"},
+                "the skip path of 2.attention is asked for, and '2.attention.depth_path.read' is missing"),
+    "another rank": (lambda t: {**t, "1.attention.depth_path.write": torch.zeros(3, 16)},
+                     r"skip path of 1.attention is of another shape: .* \(3, 16\) where \(2, 16\) is asked for"),
+    "of another site": (lambda t: {**t, "9.attention.depth_path.bias": torch.zeros(16)},
+                        "the skip path of 9.attention is not asked for"),
+    "not finite": (lambda t: {**t, "0.attention.depth_path.bias": torch.full((16,), torch.nan)},
+                   "the skip path of 0.attention is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", SKIP_PATHS)
+def test_skip_paths_that_do_not_match_their_routers(tmp_path: Path, damage: str) -> None:
+    saved = save(routed(bias=True, skip_path="linear", skip_rank=2), tmp_path / "routers")
+    change, said = SKIP_PATHS[damage]
+    replace_tensors(saved, change)
+    assert re.search(said, refused(bare(), saved))
+
+
+def test_routers_saved_without_the_skip_paths_that_they_name(saved: Path) -> None:
+    document = json.loads((saved / CONFIG).read_text())
+    edit(saved, config={**document["config"], "skip_path": "linear"})
+    assert "the skip path of 0.attention is asked for" in refused(bare(), saved)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"format": "one"}', '{"format": 0}', "\udcff"])

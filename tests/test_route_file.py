@@ -3,6 +3,7 @@
 import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +181,10 @@ def test_other_files_are_refused(path, tmp_path):
         read(path)
     with pytest.raises(DataError, match=r"no file of routes .*rutes"):
         read(tmp_path / "rutes.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_one_sentence():
+    said = r"/dev/full could not be written \(No space left on device\): make room"
+    with pytest.raises(DataError, match=said), RouteWriter("/dev/full") as writer:
+        writer.start(HEADER)

@@ -155,9 +155,14 @@ class RouteWriter:
         self._file = self.path.open("ab")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._file is None:
+            return
+        try:
             self._file.close()
+        except OSError:  # what is still in its buffer cannot be written either: the first error says so
+            if kind is None:
+                raise
 
     def start(self, header: Header) -> None:
         """Writes the header, as the first line of a new file."""

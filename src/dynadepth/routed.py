@@ -108,13 +108,23 @@ class Routing:
         }
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts such tensors in place; KeyError for one that is missing, ValueError for one too many."""
-        left = dict(tensors)
+        """Puts such tensors in place. Raises ValueError naming the first that is missing, too many, of another shape
+        or, where it is a skip path's, not finite; then nothing is changed."""
+        wanted = self.tensors()
+        for name in sorted({*wanted, *tensors}):
+            what = f"the {'skip path' if f'.{PATH}.' in name else 'router'} of {name.split(f'.{PATH}.')[0]}"
+            if name not in tensors:
+                raise ValueError(f"{what} is asked for, and {name!r} is missing")
+            if name not in wanted:
+                raise ValueError(f"{what} is not asked for, and {name!r} is there")
+            there, asked = tuple(tensors[name].shape), tuple(wanted[name].shape)
+            if there != asked:
+                raise ValueError(f"{what} is of another shape: {name!r} has {there} where {asked} is asked for")
+            if f".{PATH}." in name and not torch.isfinite(tensors[name]).all():
+                raise ValueError(f"{what} is not finite: {name!r}")
         for parts, infix in ((self.routers(), ""), (self.paths(), f"{PATH}.")):
             for site, part in parts.items():
-                part.load_state_dict({name: left.pop(f"{site}.{infix}{name}") for name in part.state_dict()})
-        if left:
-            raise ValueError(f"tensors of unknown sites {sorted(left)}")
+                part.load_state_dict({name: tensors[f"{site}.{infix}{name}"] for name in part.state_dict()})
 
     def base_state(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A state dict of the model without what is attached, by the names of the base."""

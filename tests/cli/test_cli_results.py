@@ -83,7 +83,7 @@ def test_eval_json(answered, model_folder, routers_folder, text_file, task_data)
     )  # fmt: skip
     assert set(document) == {
         "tasks", "average", "perplexity", "dense", "kl", "agreement", "keep_ratio", "depth", "flops_share",
-        "kv_share", "provenance",
+        "flops_share_target", "kv_share", "provenance",
     }  # fmt: skip
     for part in (document, document["dense"]):
         assert set(part["tasks"]) == {"alpha", "beta"}

@@ -202,6 +202,9 @@ def test_budgets(model, questions):
         BudgetError, match=r"no route can meet the budget 0\.2: .*1 of 4 layers run at least; give 0\.250"
     ):
         Searcher(model, SearchSettings(tree, budget=0.2))
+    with pytest.raises(BudgetError, match=r"10 of 30 layers run at least; give 0\.334 or more"):
+        SearchSettings(tree, budget=0.333).check(30)
+    SearchSettings(tree, budget=0.334).check(30)
     for budget in (0.0, 2.5):
         with pytest.raises(BudgetError, match="above 0 and at most 2"):
             SearchSettings(budget=budget)

@@ -139,6 +139,7 @@ def tune(
             share, speedup = found.budget, found.to_dict()
         from dynadepth.report.stamp import sign
         from dynadepth.routed import routing_of
+        from dynadepth.routing.calibration import TOLERANCE
         from dynadepth.tuning import examples_for
         from dynadepth.tuning import tune as tune_routers
 
@@ -185,6 +186,12 @@ def tune(
             grid.add_row("KL of the static route at this budget", "", number(result.kl_static, 4))
         console = out()
         console.print(grid)
+        met = None if result.keep_after is None else result.keep_after.all
+        asked = routing_of(loaded).budget
+        if routing_of(loaded).is_static and met is not None and asked is not None and abs(met - asked) > TOLERANCE:
+            console.print(
+                Text(f"{percent(met)} execute, not {percent(asked)}: a route for every input runs whole sublayers.")
+            )
         if result.choice is not None:
             console.print(Text(f"chosen: {result.choice.chosen} ({result.choice.why})"))
         words = [

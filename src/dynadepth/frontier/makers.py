@@ -26,11 +26,10 @@ from dynadepth.methods import DepthConfig
 from dynadepth.methods.random import RandomConfig
 from dynadepth.model import add_lora, attach, detach, fixed_routes, load
 from dynadepth.routed import routing_of
+from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.tuning import Recipe, load_recipe
 
 Budget = float | None
-TOLERANCE = 0.02
-"""How far a twin's keep ratio may be from the routed one's before two counts are mixed."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.budget import mixture
 from dynadepth.errors import ConfigError
-from dynadepth.frontier.makers import TOLERANCE, Budget, Maker, Part, attached, fixed, loaded
+from dynadepth.frontier.makers import Budget, Maker, Part, attached, fixed, loaded
 from dynadepth.frontier.settings import source_facts
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods.random import RandomConfig
@@ -24,6 +24,7 @@ from dynadepth.report.cells import ROUTERS, plain
 from dynadepth.report.stamp import sign
 from dynadepth.route_file import read
 from dynadepth.routed import is_attached, routing_of
+from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynadepth.report.cells import DENSE, Cell, Findings, budget_label
+from dynadepth.routing.calibration import TOLERANCE
 
-TOLERANCE = 0.02
-"""How far a measured keep ratio may be from its budget."""
 ROUGH = 0.25
 """Spread of timing samples (interquartile range over median) from which on a ratio means little."""
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dynadepth.routing.calibration import TOLERANCE
+
 VARIANTS = ("dense", "routed", "static")
 ROUGH = 0.25
 """Spread of timing samples (interquartile range over median) from which on a ratio means little."""
-TOLERANCE = 0.02
-"""How far a measured keep ratio may be from its budget."""
 TITLES = {"dense": "dense", "routed": "routed", "static": "static twin"}
 
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+TOLERANCE = 0.02
+"""How far a measured keep ratio may be from its budget."""
+
 
 @dataclass(frozen=True)
 class CalibrationPoint:

@@ -58,10 +58,11 @@ class SearchSettings:
         """Raises `BudgetError` where no route of a model with so many layers could be kept."""
         fewest = self.tree.fewest(n_layers)
         if self.budget is not None and self.budget * n_layers < fewest:
+            least = math.ceil(1000 * fewest / n_layers) / 1000
             raise BudgetError(
                 f"no route can meet the budget {self.budget:g}: with at most {self.tree.max_consecutive_skips} "
-                f"consecutive skips {fewest} of {n_layers} layers run at least; give {fewest / n_layers:.3f} or more, "
-                "or allow longer runs of skips."
+                f"consecutive skips {fewest} of {n_layers} layers run at least; give {least:.3f} or more, or allow "
+                "longer runs of skips."
             )
 
     def most_layers(self, n_layers: int, dense_is_right: bool) -> int:
