@@ -246,7 +246,7 @@ def test_ctrl_c_while_tuning(run, monkeypatch, model_folder, tmp_path):
     from dynadepth.tuning.trainer import RouterTrainer
 
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text('{"prompt": "why is the", "completion": " sky blue"}\n' * 16, encoding="utf-8")
+    data.write_text('{"prompt": "why is the", "completion": " sky blue"}\n' * 24, encoding="utf-8")
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -212,7 +212,7 @@ def data(tmp_path: Path) -> Path:
     file = tmp_path / "data.jsonl"
     rows = [
         {"prompt": f"why is the {word}", "completion": " the sky is blue"}
-        for word in ("sky", "class", "object", "function") * 4
+        for word in ("sky", "class", "object", "function") * 8
     ]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file
@@ -221,7 +221,7 @@ def data(tmp_path: Path) -> Path:
 def test_tune_saves_routers_and_names_the_next_command(run, model_folder, data, tmp_path):
     out = tmp_path / "routers"
     result = run(
-        "tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 12, "--seed", 3
+        "tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 24, "--seed", 3
     )
     assert result.exit_code == 0, result.output
     saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
@@ -315,7 +315,7 @@ def test_info_of_a_bare_route(run, model_folder, tmp_path):
 
 def test_tune_can_choose(run, model_folder, data, tmp_path):
     out = tmp_path / "chosen"
-    result = run("tune", model_folder, "--out", out, "--data", data, "--method", "auto", "--max-samples", 12)
+    result = run("tune", model_folder, "--out", out, "--data", data, "--method", "auto", "--max-samples", 24)
     assert result.exit_code == 0, result.output
     saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
     choice = saved["provenance"]["result"]["choice"]
@@ -323,5 +323,5 @@ def test_tune_can_choose(run, model_folder, data, tmp_path):
     assert saved["config"]["method"] == {"static": "static", "routers": "mindskip"}[choice["chosen"]]
     sentence = f"chosen: {choice['chosen']} ({choice['why']})"
     assert sentence in " ".join(result.stdout.split())
-    assert "4 budgets, 2 held-out texts)" in sentence
+    assert "4 budgets, 8 held-out texts)" in sentence
     assert f"chosen {choice['chosen']} ({choice['why']})" in " ".join(run("info", out).stdout.split())

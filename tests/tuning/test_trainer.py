@@ -195,9 +195,9 @@ def test_a_share_of_the_tokens_stands_for_all_of_them():
 
 def test_few_examples_are_held_out_as_calibration_needs_them(tmp_path):
     few = dataclasses.replace(RECIPE, holdout=0.1)
-    result = tune(tiny(), Tokenizer(), examples(12), few, out=tmp_path / "12")
-    assert (result.n_heldout, result.n_train) == (2, 10)  # 7 shares and one more unit, on 4 sites
-    with pytest.raises(BudgetError, match="1 prompts are too few to calibrate 7 budgets on 4 routed sublayers: give"):
+    result = tune(tiny(), Tokenizer(), examples(24), few, out=tmp_path / "24")
+    assert (result.n_heldout, result.n_train) == (8, 16)  # one more than 7 shares
+    with pytest.raises(BudgetError, match="too few to calibrate 7 budgets: give at least 8"):
         tune(tiny(), Tokenizer(), examples(2), few, out=tmp_path / "2")
 
 

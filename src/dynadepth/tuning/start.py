@@ -158,7 +158,7 @@ def start_by_token(
 def held_out(recipe: Recipe, routing: Routing, n_examples: int, shares: int) -> int:
     """How many examples are held out: the recipe's share, or as many more as it takes to calibrate `shares`; one is
     left to tune on."""
-    needed = units_needed(routing, shares) if shares and routing.granularity.sticky else 1
+    needed = units_needed(shares) if shares and routing.granularity.sticky else 1
     return min(max(1, round(recipe.holdout * n_examples), needed), n_examples - 1)
 
 
