@@ -144,18 +144,29 @@ def test_a_group_equals_its_questions_one_by_one(model, questions):
 
 
 def test_an_exhaustive_search_knows_every_route(model, questions):
-    """With all of 4 layers' routes tried, what is kept is all there is, and the best margin is the best there is."""
+    """With all of 4 layers' routes tried, what is kept is all there is, best first, as is the control's best margin."""
     tree = TreeSettings(simulations=1000, max_consecutive_skips=4)
-    question = questions[0]
-    searcher = Searcher(model, SearchSettings(tree, margin=0.0))
-    (found,) = searcher.search([question])
     allowed = [c for c in _all(4) if tree.allows(c) and c != DENSE]
-    answers = replies(searcher.runner, [question], [(0, counts) for counts in allowed])
-    most = 4 if found.dense.correct else 8
-    right = {c: a.margin(question.gold) for c, a in zip(allowed, answers, strict=True)
-             if a.margin(question.gold) > 0 and sum(c) <= most}  # fmt: skip
-    assert {route.counts: pytest.approx(route.margin, abs=1e-4) for route in found.routes} == right
-    assert found.naive_executions == 4 + 2 * sum(map(sum, allowed))
+    searcher = Searcher(model, SearchSettings(tree, margin=0.0))
+    kept = 0
+    for question in questions:
+        if question.options is None:
+            continue
+        (found,) = searcher.search([question])
+        answers = replies(searcher.runner, [question], [(0, counts) for counts in allowed])
+        (dense,) = replies(searcher.runner, [question], [(0, DENSE)])
+        most = 4 if found.dense.correct else 8
+        short = [(c, a) for c, a in zip(allowed, answers, strict=True) if sum(c) <= most]
+        right = {c: a.margin(question.gold) for c, a in short if a.margin(question.gold) > 0}
+        assert {route.counts: pytest.approx(route.margin, abs=1e-4) for route in found.routes} == right
+        worth = [1 / (1 + math.exp(-route.margin)) - 3.0 * route.layers / 4 for route in found.routes]
+        assert worth == sorted(worth, reverse=True)
+        kept += len(worth) > 2
+        wrong = set(range(len(question.options))) - {question.gold, dense.chosen}
+        best = [max(answer.margin(w) for _, answer in short) for w in wrong]
+        assert any(found.control == pytest.approx(margin, abs=1e-4) for margin in best)
+        assert found.naive_executions == 4 + 2 * sum(map(sum, allowed))
+    assert kept, "no question has routes to be put in order"
 
 
 def _all(n):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynadepth.errors import ConfigError
-from dynadepth.search.tree import RouteTree, TreeSettings, made, moves_of
+from dynadepth.search.tree import RouteTree, TreeSettings, _Node, made, moves_of
 
 
 def allowed(n_layers, rules):
@@ -94,6 +94,21 @@ def test_it_finds_more_than_chance():
 
     assert solved() >= 17  # 13 where moves are drawn without regard to what they gained
     assert solved(random_prior=1.0) <= 8
+
+
+def test_the_formula_of_a_descent():
+    """Mean reward, what little is known, and length, each by hand: arXiv 2510.12773's, c 1.8 and λ 3.0."""
+    tree = RouteTree(4, TreeSettings())
+    root = _Node((1, 1, 1, 1), 0.5, visits=16)
+
+    def child(counts, mean, visits):
+        return _Node(counts, mean, root, visits=visits, total=mean * visits)
+
+    assert tree._ucb(child((1, 0, 1, 1), 0.5, 4)) == pytest.approx(0.5 + 1.8 * math.sqrt(math.log(16) / 4) - 3 * 3 / 4)
+    usual = tree._ucb(child((1, 0, 1, 1), 0.5, 4))
+    assert tree._ucb(child((1, 0, 1, 1), 0.5, 2)) > usual, "less is known"
+    assert tree._ucb(child((1, 0, 1, 0), 0.5, 4)) > usual, "shorter"
+    assert tree._ucb(child((1, 0, 1, 1), 0.75, 4)) > usual, "better"
 
 
 def test_moves():
