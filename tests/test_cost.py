@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 import dynadepth
-from dynadepth import MindSkipConfig, Site, cost
+from dynadepth import MindSkipConfig, Site, StaticConfig, cost
 from dynadepth.architectures import decoder_layers, spec_for
 from dynadepth.errors import ConfigError
 from dynadepth.lora import LoraSettings
@@ -129,6 +129,20 @@ def test_share_at_sequence_granularity(name, target):
     assert share.target == pytest.approx(kept / of_target)
     everything = cost.flops_share(model, {}, 9, scored=9)
     assert everything.target == pytest.approx(1 + cost.router_flops(model, 9) / of_target)
+
+
+def test_what_repeats_is_counted_twice():
+    model = tiny("llama")
+    n = len(decoder_layers(model))
+    passes = dict(enumerate([2, 0, *[1] * (n - 2)]))
+    one = cost.flops(model, "block", 0, 9)
+    assert all(cost.flops(model, "block", layer, 9) == one for layer in range(n))
+    dynadepth.attach(model, StaticConfig(target="block", layers="all", repeat=(0,)))
+    for layer, extra in ((0, 1), (1, 2)):
+        keep = {Site(i, "block"): float(1 + (i == layer) * extra) for i in range(n)}
+        assert cost.flops_share(model, keep, 9).target == pytest.approx((n + extra) / n)
+    mixed = {Site(layer, "block"): float(count) for layer, count in passes.items()}
+    assert cost.flops_share(model, mixed, 9).target == pytest.approx(1.0)
 
 
 def test_routers_are_counted():

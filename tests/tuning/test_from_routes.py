@@ -102,6 +102,19 @@ def test_one_seed_one_result(run, tmp_path):
     assert (again.losses, again.scores) == (result.losses, result.scores)
 
 
+def test_the_loss_is_the_recipes(run, tmp_path):
+    """What is sure counts less with a larger γ, and nothing else differs while nothing is learnt."""
+    *_, path = run
+    still = dataclasses.replace(RECIPE, learning_rate=0.0, epochs=1)
+    losses = [
+        tune_from_routes(tiny(), Tokenizer(), path, dataclasses.replace(still, gamma=g), out=tmp_path / f"{g}").losses[
+            0
+        ]
+        for g in (0.0, 2.0)
+    ]
+    assert losses[1] < 0.8 * losses[0]
+
+
 def test_tuning_stops_where_nothing_gets_better(run, tmp_path):
     *_, path = run
     recipe = dataclasses.replace(RECIPE, learning_rate=0.0, patience=2)
