@@ -186,6 +186,7 @@ def test_fitted_paths_are_used_again_where_settings_are_the_same(opened, setting
     run_frontier(*opened, asked, tmp_path, Teller(told.append))
     assert "static-linear" in told[0]
     assert told[0].endswith("They are made again.")
+    assert not any("made again" in line for line in told[1:]), "said once"
     assert weights.read_bytes()[100:] == whole[100:]
     forget_cells(tmp_path)
     monkeypatch.setattr(workbench, "FIT_TOKENS", 50)

@@ -128,11 +128,8 @@ def _ready(bench: Workbench, row: Row, plan: list[tuple[Row, Budget]], teller: T
         return True
     try:
         row.maker.ready(bench, row.name)
-    except UnsupportedModelError as error:
-        teller.say(f"{row.name} is left out: {error}")
-        return False
-    except DataError as error:
-        if not lenient:
+    except (UnsupportedModelError, DataError) as error:
+        if isinstance(error, DataError) and not lenient:
             raise
         teller.say(f"{row.name} is left out: {error}")
         return False

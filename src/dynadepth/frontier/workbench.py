@@ -53,6 +53,8 @@ class Workbench:
     """Cells by name."""
     _examples: dict[tuple[Any, ...], list[Example]] = field(default_factory=dict)
     _scores: dict[tuple[Any, ...], dict[Site, float]] = field(default_factory=dict)
+    _damaged: set[str] = field(default_factory=set)
+    """Rows whose damaged routers were said."""
 
     @cached_property
     def n_layers(self) -> int:
@@ -146,7 +148,8 @@ class Workbench:
         except NewerFormatError as error:
             raise ConfigError(f"{error} Or give another --out: they are not made again in their place.") from error
         except AdapterError as error:
-            if (folder / adapter.CONFIG).exists():
+            if (folder / adapter.CONFIG).exists() and row not in self._damaged:
+                self._damaged.add(row)
                 self.say(f"{error} They are made again.")
             return False
         if "frontier" not in made or "stopped" in made:
