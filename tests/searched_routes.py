@@ -24,6 +24,6 @@ def save_routes(path: Path, model_folder: str | Path, counts: tuple[int, ...] = 
         for number in range(n):
             answer = Answer(True, 1.0)
             writer.append(
-                [PromptRoutes(str(number), "t", text(number), (" a", " of"), 0, " a", answer, (route,), None, 4, 4)]
+                [PromptRoutes(str(number), "t", text(number), (" a", " of"), 0, " a", answer, (route,), None, 4, 4, 4)]
             )
     return path

@@ -39,13 +39,15 @@ def prompt(number: int) -> PromptRoutes:
         completion=" é",
         dense=Answer(False, -0.1),
         routes=(Route(True, 0.3, (1, 0, 2)), Route(True, 0.2, (1, 1, 1))),
-        control=-1.5,
+        control=1.5,
         executions=40,
-        naive_executions=150,
+        naive_executions=100,
+        apart_executions=150,
+        control_routes=(Route(False, 1.5, (0, 2, 1)),),
     )
 
 
-SHORT = replace(prompt(9), options=None, gold=None, routes=(), control=None)
+SHORT = replace(prompt(9), options=None, gold=None, routes=(), control=None, control_routes=())
 
 
 @pytest.fixture(params=["routes.jsonl", "routes.jsonl.gz"])

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dynadepth.adapter import atomically
 from dynadepth.errors import DataError, check_file
 
 FORMAT = 1
@@ -83,7 +84,13 @@ class PromptRoutes:
     """Layers run for this prompt by the search and its control."""
 
     naive_executions: int
-    """Layers that both would have run without reusing anything."""
+    """Layers of all routes that either of them tried, each route run once and whole."""
+
+    apart_executions: int
+    """Layers that both would have run whole and apart: a route that both tried counts twice."""
+
+    control_routes: tuple[Route, ...] = ()
+    """As `routes`, of the control: their margins are those of the wrong answer, and none is correct."""
 
 
 @dataclass(frozen=True)
@@ -166,26 +173,52 @@ class RouteWriter:
 
     def start(self, header: Header) -> None:
         """Writes the header, as the first line of a new file."""
-        self._append({"format": FORMAT, "kind": KIND, **asdict(header)})
+        self._append(_document(header))
 
     def append(self, prompts: Iterable[PromptRoutes]) -> None:
         """Writes one line a prompt."""
         for prompt in prompts:
-            routes = [{**asdict(route), "layers": route.layers} for route in prompt.routes]
-            self._append({**asdict(prompt), "routes": routes})
+            kept = {"routes": _plain(prompt.routes), "control_routes": _plain(prompt.control_routes)}
+            self._append({**asdict(prompt), **kept})
 
     def _append(self, document: dict[str, Any]) -> None:
         if self._file is None:
             raise AssertionError("a RouteWriter writes inside its `with` block")
-        data = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
-            self._file.write(gzip.compress(data, mtime=0) if self.path.name.endswith(".gz") else data)
+            self._file.write(_packed(self.path, document))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise DataError(
                 f"{self.path} could not be written ({error.strerror or error}): make room, then --resume."
             ) from error
+
+
+def write_header(path: Path, header: Header) -> None:
+    """Replaces the first line of a whole file, and nothing else of it; all or nothing."""
+    data = path.read_bytes()
+    end = next(_members(data))[1] if path.name.endswith(".gz") else data.index(b"\n") + 1
+    blob = _packed(path, _document(header)) + data[end:]
+    try:
+        atomically(path, lambda temporary: temporary.write_bytes(blob))
+    except OSError as error:
+        raise DataError(
+            f"{path} could not be written ({error.strerror or error}): make room, then --resume."
+        ) from error
+
+
+def _document(header: Header) -> dict[str, Any]:
+    return {"format": FORMAT, "kind": KIND, **asdict(header)}
+
+
+def _packed(path: Path, document: dict[str, Any]) -> bytes:
+    """A line, a gzip member of its own where the file is zipped."""
+    data = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data
+
+
+def _plain(routes: Iterable[Route]) -> list[dict[str, Any]]:
+    return [{**asdict(route), "layers": route.layers} for route in routes]
 
 
 def recover(path: str | Path) -> RouteFile | None:
@@ -306,25 +339,30 @@ def _prompt(line: str, n_layers: int, path: str | Path, number: int) -> PromptRo
             gold=data["gold"],
             completion=str(data["completion"]),
             dense=Answer(bool(data["dense"]["correct"]), float(data["dense"]["margin"])),
-            routes=tuple(
-                Route(bool(route["correct"]), float(route["margin"]), tuple(route["counts"]))
-                for route in data["routes"]
-            ),
+            routes=_routes(data["routes"], n_layers),
             control=None if data["control"] is None else float(data["control"]),
             executions=int(data["executions"]),
             naive_executions=int(data["naive_executions"]),
+            apart_executions=int(data["apart_executions"]),
+            control_routes=_routes(data["control_routes"], n_layers),
         )
         if (found.gold is None) != (options is None):
             raise ValueError("options and gold go together")
         if options is not None and not (type(found.gold) is int and 0 <= found.gold < len(options)):
             raise ValueError(f"gold {found.gold!r} of {len(options)} options")
-        for route in found.routes:
-            if len(route.counts) != n_layers:
-                raise ValueError(f"a route of {len(route.counts)} layers in a file for {n_layers}")
-            if any(type(count) is not int or count < 0 for count in route.counts):
-                raise ValueError(f"counts {list(route.counts)}")
-            if not math.isfinite(route.margin):
-                raise ValueError(f"margin {route.margin}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(_damaged(path, number, repr(error))) from error
+    return found
+
+
+def _routes(data: list[dict[str, Any]], n_layers: int) -> tuple[Route, ...]:
+    """Raises `ValueError` saying what is wrong with one."""
+    found = tuple(Route(bool(route["correct"]), float(route["margin"]), tuple(route["counts"])) for route in data)
+    for route in found:
+        if len(route.counts) != n_layers:
+            raise ValueError(f"a route of {len(route.counts)} layers in a file for {n_layers}")
+        if any(type(count) is not int or count < 0 for count in route.counts):
+            raise ValueError(f"counts {list(route.counts)}")
+        if not math.isfinite(route.margin):
+            raise ValueError(f"margin {route.margin}")
     return found

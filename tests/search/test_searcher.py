@@ -11,7 +11,7 @@ from dynadepth import hub
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import BudgetError, ConfigError, DataError
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
-from dynadepth.search.answers import replies
+from dynadepth.search.answers import replies, with_rivals
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
 from dynadepth.search.searcher import Searcher, SearchSettings, grouped
@@ -61,7 +61,7 @@ def plain_margins(model, question, counts):
         return float(rows[at][token] - others.max())
 
     right = [lead(at, tokens[at]) for at in question.results]
-    return right, [lead(at, token) for at, token in zip(question.results, question.wrong, strict=True)]
+    return right, [lead(at, token) for at, token in zip(question.results, question.wrong, strict=False)]
 
 
 def plain_margin(model, question, counts):
@@ -119,6 +119,7 @@ def test_leads_of_short_answers(model, questions):
     questions = [question for question in questions if question.options is None]
     runner = LayerRunner(model)
     runner.take([question.row for question in questions])
+    questions = with_rivals(runner, questions)
     asked = [(number, counts) for number in range(len(questions)) for counts in (DENSE, (1, 0, 2, 1), (2, 1, 1, 0))]
     leads = []
     for (number, counts), reply in zip(asked, replies(runner, questions, asked), strict=True):
@@ -139,8 +140,10 @@ def test_a_group_equals_its_questions_one_by_one(model, questions):
         (alone,) = searcher.search([question])
         other = together[question.id]
         assert [route.counts for route in alone.routes] == [route.counts for route in other.routes]
-        assert (alone.executions, alone.naive_executions) == (other.executions, other.naive_executions)
+        for name in ("executions", "naive_executions", "apart_executions"):
+            assert getattr(alone, name) == getattr(other, name)
         assert alone.control == pytest.approx(other.control, abs=1e-4)
+        assert [route.counts for route in alone.control_routes] == [route.counts for route in other.control_routes]
 
 
 def test_an_exhaustive_search_knows_every_route(model, questions):
@@ -163,9 +166,14 @@ def test_an_exhaustive_search_knows_every_route(model, questions):
         assert worth == sorted(worth, reverse=True)
         kept += len(worth) > 2
         wrong = set(range(len(question.options))) - {question.gold, dense.chosen}
-        best = [max(answer.margin(w) for _, answer in short) for w in wrong]
-        assert any(found.control == pytest.approx(margin, abs=1e-4) for margin in best)
-        assert found.naive_executions == 4 + 2 * sum(map(sum, allowed))
+        astray = {route.counts: pytest.approx(route.margin, abs=1e-4) for route in found.control_routes}
+        reached = [
+            (max(a.margin(w) for _, a in short), {c: a.margin(w) for c, a in short if a.margin(w) > 0}) for w in wrong
+        ]
+        assert any(found.control == pytest.approx(margin, abs=1e-4) and astray == of for margin, of in reached)
+        assert not any(route.correct for route in found.control_routes)
+        assert found.naive_executions == 4 + sum(map(sum, allowed))
+        assert found.apart_executions == 4 + 2 * sum(map(sum, allowed))
     assert kept, "no question has routes to be put in order"
 
 
@@ -178,15 +186,50 @@ def test_the_control_goes_towards_an_answer_nobody_gave(model, questions):
     searcher = Searcher(model, settings)
     for question in questions:
         (found,) = searcher.search([question])
-        assert found.control is not None
         if question.options is None:
-            assert all(
-                w != question.continuations[0][at] for w, at in zip(question.wrong, question.results, strict=True)
-            )
+            assert (found.control is None) == found.dense.correct
         else:
+            assert found.control is not None
             two = replace(question, options=question.options[:2], continuations=question.continuations[:2], gold=0)
             (of_two,) = searcher.search([two])
             assert (of_two.control is None) == (not of_two.dense.correct)
+
+
+def known(model, question, n):
+    """A question of whose results the dense model has the first n right."""
+    for at in question.results[:n]:
+        tokens = list(question.continuations[0])
+        tokens[at] = int(plain_log_probs(model, question, DENSE)[0][at].argmax())
+        question = replace(question, continuations=(tuple(tokens),))
+    return question
+
+
+def test_the_control_of_a_short_answer_is_as_far_off(model, questions):
+    """Where the dense model is wrong, the token that is nearest to the right one; where it is right, that one."""
+    short = [question for question in questions if question.options is None]
+    questions = [*short, known(model, short[0], 1), known(model, short[1], 3)]
+    runner = LayerRunner(model)
+    runner.take([question.row for question in questions])
+    held = changed = 0
+    for question, found in zip(questions, with_rivals(runner, questions), strict=True):
+        (rows,) = plain_log_probs(model, question, DENSE)
+        right = tuple(question.continuations[0][at] for at in question.results)
+        tops = [int(rows[at].argmax()) for at in question.results]
+        if tops == list(right):
+            assert question is questions[-1]
+            assert found.wrong == ()
+            continue
+        for at, token, top, rival in zip(question.results, right, tops, found.wrong, strict=True):
+            if top == token:
+                held += 1
+                assert rival == token
+                continue
+            changed += 1
+            others = [other for other in range(len(rows[at])) if other not in (token, top)]
+            nearest = min(abs(float(rows[at][other] - rows[at][token])) for other in others)
+            assert rival not in (token, top)
+            assert abs(float(rows[at][rival] - rows[at][token])) == pytest.approx(nearest, abs=1e-4)
+    assert (changed, held) == (3 * 5 + 2, 1)
 
 
 def test_short_answers(tokenizer, tmp_path):
@@ -198,10 +241,9 @@ def test_short_answers(tokenizer, tmp_path):
     rows = [{"id": 1, "question": "why ?", "answer": "it is the sky", "final": "sky"}]
     (question,), _ = load_questions([write_rows(tmp_path / "plain.jsonl", rows)], tokenizer)
     assert [tokenizer.decode([question.continuations[0][at]]) for at in question.results] == ["sky"]
-    assert question.wrong == ()  # there is no other result to draw
     rows = [{"id": n, "context": "the sky is", "continuation": word} for n, word in enumerate(["blue", "on"])]
-    first, second = load_questions([write_rows(tmp_path / "last_word.jsonl", rows)], tokenizer)[0]
-    assert (first.completion, first.results, first.wrong) == (" blue", (0,), second.continuations[0])
+    first, _ = load_questions([write_rows(tmp_path / "last_word.jsonl", rows)], tokenizer)[0]
+    assert (first.completion, first.results, first.wrong) == (" blue", (0,), ())
 
 
 def test_budgets(model, questions):

@@ -38,7 +38,9 @@ def prompt(number: int, routes=None, **values) -> PromptRoutes:
     kind = (5, 6, 7)[number % 3]
     text = " ".join(str(token) for i in range(6 + number % 5) for token in (kind, 10 + (number * 7 + i) % 40))
     routes = (Route(True, 1.0, KINDS[kind]),) if routes is None else routes
-    made = PromptRoutes(str(number), "test", text + " ", (" 1", " 2"), 0, " 1", Answer(True, 0.5), routes, None, 4, 4)
+    made = PromptRoutes(
+        str(number), "test", text + " ", (" 1", " 2"), 0, " 1", Answer(True, 0.5), routes, None, 4, 4, 4
+    )
     return dataclasses.replace(made, **values)
 
 
@@ -158,6 +160,15 @@ def test_which_routes_are_learnt_from():
     assert kept(one, 4, RECIPE) == [right.counts]
     assert kept(one, 4, dataclasses.replace(RECIPE, routes_per_prompt=5)) == [right.counts, better.counts]
     assert kept(one, 4, dataclasses.replace(RECIPE, credible=True)) == [better.counts]
+    assert kept(one, 4, dataclasses.replace(RECIPE, order="margin")) == [better.counts]
+    assert kept(one, 4, dataclasses.replace(RECIPE, margin=0.5, routes_per_prompt=5)) == [better.counts]
+    assert kept(one, 4, dataclasses.replace(RECIPE, towards="control")) == []
+    astray = dataclasses.replace(one, control_routes=(Route(False, 1.0, (1, 1, 0, 1)), Route(False, 0.1, (1, 1, 1, 0))))
+    control = dataclasses.replace(RECIPE, towards="control", routes_per_prompt=5)
+    assert kept(astray, 4, control) == [(1, 1, 0, 1), (1, 1, 1, 0)]
+    assert kept(astray, 4, dataclasses.replace(control, margin=0.5)) == [(1, 1, 0, 1)]
+    weak = prompt(0, (right,))
+    assert kept(weak, 4, dataclasses.replace(RECIPE, dense=True, margin=0.5)) == [(1, 1, 1, 1)]
     none = prompt(0, ())
     assert kept(none, 4, RECIPE) == []
     assert kept(none, 4, dataclasses.replace(RECIPE, dense=True)) == [(1, 1, 1, 1)]
@@ -203,6 +214,20 @@ def test_recipes_of_routes():
         ({"beta": 1.0}, "beta must be at least 0 and below 1"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
         ({"validation": 0.6, "holdout": 0.4}, "leave something to train on"),
+        ({"margin": -0.1}, "margin must be zero or more, not -0.1"),
+        ({"order": "length"}, "order must be worth or margin, not 'length'"),
+        ({"towards": "wrong"}, "towards must be gold or control, not 'wrong'"),
+        ({"towards": "control", "dense": True}, "leave credible and dense out"),
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(paper, **change)
+
+
+def test_more_examples_than_the_memory_holds(run, monkeypatch):
+    model, *_ = run
+    examples = [RouteExample([5, 11], (1, 1, 1, 1))] * 3
+    size = shown(model, examples, 0).nbytes
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name])
+    with pytest.raises(TuningError, match=r"of 3 examples takes .*: learn from 2 at most"):
+        shown(model, examples, 0)
+    assert len(shown(model, examples[:2], 0)) == 2

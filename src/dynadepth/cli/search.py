@@ -60,7 +60,7 @@ def search(
     margin: Annotated[
         float,
         typer.Option("--margin", metavar="NATS", help="By how much the right answer must lead under a kept route."),
-    ] = 0.1,
+    ] = 0.5,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Search the first N prompts of each file.")
     ] = None,
@@ -161,8 +161,9 @@ def show(results: dict[str, Any]) -> None:
         "data", "prompts", "dense", "oracle", "corrected", "control", "right with fewer layers",
     )  # fmt: skip
     spent = table(
-        "Routes and what they took", "data", "routes", "layers", "skip", "execute", "repeat", "layers run", "naive, ×"
-    )
+        "Routes and what they took",
+        "data", "routes", "layers", "skip", "execute", "repeat", "layers run", "naive, ×", "apart, ×",
+    )  # fmt: skip
     for name, row in rows.items():
         answers.add_row(
             name,
@@ -174,8 +175,8 @@ def show(results: dict[str, Any]) -> None:
             percent(row["shorter"]),
         )
         actions = (number(row["actions"][action]) for action in ("skip", "execute", "repeat"))
-        fewer = number(row["times_fewer"], 2)
-        spent.add_row(name, number(row["routes"]), percent(row["layers"]), *actions, number(row["executions"]), fewer)
+        fewer = (number(row[key], 2) for key in ("times_fewer", "times_fewer_apart"))
+        spent.add_row(name, number(row["routes"]), percent(row["layers"]), *actions, number(row["executions"]), *fewer)
     console.print(answers)
     console.print(
         "corrected: of the prompts that dense answers wrongly; control: of these, the same search towards another "
@@ -189,6 +190,11 @@ def show(results: dict[str, Any]) -> None:
             style="dim",
         )
     console.print(spent)
+    console.print(
+        "naive: layers of all routes tried, each run whole and once, for one that was run; apart: a route that its "
+        "control tried too counted twice.",
+        style="dim",
+    )
     if results["prompts_per_minute"] is not None:
         rate, new = number(results["prompts_per_minute"], 1), number(results["new_prompts"])
         console.print(f"{new} prompts searched, {rate} a minute.", markup=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,35 @@ def replies(runner: LayerRunner, questions: Sequence[Question], asked: Sequence[
         out.append(_reply(questions[number], predicted[number], log_probs[done:end], others[done:end]))
         done = end
     return out
+
+
+def with_rivals(runner: LayerRunner, questions: Sequence[Question]) -> list[Question]:
+    """The questions, the short answers among them with a wrong result that the dense model finds as likely as the right
+    one. The runner has taken the questions' rows.
+
+    Where a token of the results is the dense model's choice it stays; elsewhere it is replaced by the token of the
+    nearest log-probability, itself not the model's choice: what has to change is as much, and as far off, as on the
+    way to the right results. Where the dense model has them all right there is no rival.
+    """
+    short = [number for number, question in enumerate(questions) if question.options is None]
+    found = list(questions)
+    dense = (1,) * len(runner.layers)
+    for number, state_TD in zip(short, runner.run([(number, dense) for number in short]), strict=True):
+        question = questions[number]
+        places = [len(question.context) - 1 + at for at in question.results]
+        states = runner.finish(state_TD[places][None])
+        right_X = torch.tensor([question.continuations[0][at] for at in question.results], device=state_TD.device)
+        wrong_X = _rivals(states.to_logits(states.states_BTD[0]).float(), right_X)
+        found[number] = replace(question, wrong=() if wrong_X.equal(right_X) else tuple(wrong_X.tolist()))
+    return found
+
+
+def _rivals(logits_XV: Tensor, right_X: Tensor) -> Tensor:
+    """The right token where it is the likeliest; else the other token, not the likeliest, that is nearest to it."""
+    top_X = logits_XV.argmax(-1)
+    distance_XV = (logits_XV - logits_XV.gather(1, right_X[:, None])).abs()
+    distance_XV.scatter_(1, torch.stack((right_X, top_X), 1), torch.inf)
+    return torch.where(top_X == right_X, right_X, distance_XV.argmin(-1))
 
 
 def _reply(

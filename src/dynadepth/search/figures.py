@@ -41,7 +41,9 @@ def figures_of(prompts: Sequence[PromptRoutes], n_layers: int, margin: float) ->
     that dense answers rightly, those with a kept route of fewer layers; `layers`: mean of the best route's, of the
     model's (dense where none was kept); `actions`: layers skipped, executed and repeated by the best routes;
     `by_margin`: `corrected` and `control_corrected` where the lead must be larger, which leaves less to luck;
-    `routes`: kept; `executions`, `naive_executions`: layers run, controls included; `times_fewer`: their ratio.
+    `routes`, `control_routes`: kept; `executions`: layers run, controls included; `naive_executions`: of all routes
+    tried, each run whole and once; `times_fewer`: their ratio; `times_fewer_apart`: the same where a route that the
+    search and its control both tried counts as two.
     """
     right = [prompt for prompt in prompts if prompt.dense.correct]
     wrong = [prompt for prompt in prompts if not prompt.dense.correct]
@@ -80,9 +82,11 @@ def figures_of(prompts: Sequence[PromptRoutes], n_layers: int, margin: float) ->
         "layers": _share(layers, n_layers * len(prompts)),
         "actions": {"skip": counts[0], "execute": counts[1], "repeat": counts[2]},
         "routes": sum(len(prompt.routes) for prompt in prompts),
+        "control_routes": sum(len(prompt.control_routes) for prompt in prompts),
         "executions": executions,
         "naive_executions": naive,
         "times_fewer": _share(naive, executions),
+        "times_fewer_apart": _share(sum(p.apart_executions for p in prompts), executions),
     }
 
 

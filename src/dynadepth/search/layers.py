@@ -29,7 +29,7 @@ from dynadepth.search.rows import Row, by_position, rows_of
 from dynadepth.search.tree import Counts
 
 MEMORY = 1 << 30
-"""Bytes of layer outputs that are kept, by default."""
+"""Bytes of layer outputs that are kept, by default, of each process that searches."""
 
 TOKENS_AT_ONCE = 8192
 """Tokens in one call of a layer, at most."""

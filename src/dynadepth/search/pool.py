@@ -1,4 +1,8 @@
-"""Groups of questions searched by several processes; what a process that dies was given is searched again."""
+"""Groups of questions searched by several processes; what a process that dies was given is searched again.
+
+A group at which process after process dies is left out, so that one prompt too large for the memory does not keep the
+others from being searched.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ Load = Callable[[], Any]
 """Gives the model; is sent to the processes, so it is a function of a module, or a `functools.partial` of one."""
 
 MOST_DEATHS = 3
-"""So many processes may die at one group before the search gives up."""
+"""So many processes may die at one group before it is left out."""
 
 Group = list[Question]
 
@@ -42,17 +46,18 @@ def in_processes(
     memory: int,
     died: Callable[[str], object] | None = None,
 ) -> Iterator[list[PromptRoutes]]:
-    """The routes of each group, as they are finished. `memory`: bytes for all processes together; they share the cores.
+    """The routes of each group, as they are finished. `memory`: bytes for each process; they share the cores.
 
-    `died` is told of processes that were replaced. Raises `SearchError` where process after process dies at one group,
-    and whatever a process raised.
+    `died` is told of processes that were replaced, and of groups that are left out. Raises `SearchError` where process
+    after process dies before any group is finished, and a `DynadepthError` that a process raised.
     """
     waiting = deque(groups)
     deaths: Counter[tuple[str, str]] = Counter()
     running: dict[Connection, _Worker] = {}
     workers = min(workers, len(groups))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = (load, settings, memory // max(1, workers), max(1, cores // max(1, workers)))
+    share = (load, settings, memory, max(1, cores // max(1, workers)))
+    finished = False
 
     def start() -> None:
         context = mp.get_context("spawn")  # torch's threads do not survive a fork
@@ -82,27 +87,34 @@ def in_processes(
                 try:
                     kind, answer = connection.recv()
                 except (EOFError, OSError):
-                    del running[connection]
-                    worker.process.join()
-                    first = worker.group[0].source, worker.group[0].id
-                    deaths[first] += 1
-                    what = f"a worker died (exit code {worker.process.exitcode}) at the prompts from {first[1]} on"
-                    if deaths[first] == MOST_DEATHS:
-                        raise SearchError(
-                            f"{what}, for the last of {MOST_DEATHS} times: there may be too little memory; go on with "
-                            f"--resume and fewer --workers than {workers}."
-                        ) from None
-                    if died is not None:
-                        died(f"{what}; they are searched again.")
-                    waiting.appendleft(worker.group)
-                    start()
-                    continue
+                    kind, answer = "died", None
                 if kind == "raised":
                     raise answer
-                if kind == "failed":
-                    raise RuntimeError(f"a worker failed:\n{answer}")
-                give(worker)
-                yield answer
+                if kind == "found":
+                    finished = True
+                    give(worker)
+                    yield answer
+                    continue
+                del running[connection]
+                worker.process.join()
+                connection.close()
+                first = worker.group[0].source, worker.group[0].id
+                deaths[first] += 1
+                why = f"exit code {worker.process.exitcode}" if answer is None else answer
+                what = f"a worker died ({why}) at the {len(worker.group)} prompts from {first[1]} on"
+                last = deaths[first] == MOST_DEATHS
+                if last and not finished:
+                    raise SearchError(
+                        f"{what}, for the last of {MOST_DEATHS} times: there may be too little memory; go on with "
+                        f"--resume and fewer --workers than {workers}."
+                    )
+                if died is not None:
+                    left = f"They are left out after {MOST_DEATHS} times: --resume and fewer --workers than {workers}"
+                    died(f"{what}. {left} may get them done." if last else f"{what}; they are searched again.")
+                if not last:
+                    waiting.appendleft(worker.group)
+                if waiting:
+                    start()
     finally:
         for worker in running.values():
             worker.process.terminate()
@@ -124,5 +136,6 @@ def _work(connection: Connection, load: Load, settings: SearchSettings, memory: 
         connection.send(("raised", error))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the other side is gone
         return
-    except Exception:
-        connection.send(("failed", traceback.format_exc()))
+    except Exception as error:
+        traceback.print_exc()  # this process's standard error is the search's
+        connection.send(("failed", "".join(traceback.format_exception_only(error)).strip()))

@@ -12,10 +12,9 @@ answers, which would cost a hundred times as much; it is no accuracy of generate
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 ANSWERS = frozenset(("gold", "answer", "final", "continuation"))
 """Fields of the known formats without which a row is a question alone."""
-
-POOL = 256
-"""Rows whose results wrong ones are drawn from."""
 
 _MARK = re.compile(r"<<[^<>]*?=([^<>=]*)>>")
 _FINAL = re.compile(r"####\s*")
@@ -59,7 +55,8 @@ class Question:
     """Of a short answer: which of its tokens have to be right."""
 
     wrong: tuple[int, ...] = ()
-    """Of a short answer: other tokens in their places, for the control; empty where there are none."""
+    """Of a short answer: the tokens in their places that the control goes towards (`answers.with_rivals`); empty where
+    there are none."""
 
     @property
     def row(self) -> Row:
@@ -113,9 +110,6 @@ def load_questions(
         if "context_options" in format_.fields:
             raise DataError(f"{path} cannot be searched: its options differ in their context, not behind one prompt.")
         read = [_read(path, source, number, row, format_, tokenizer) for number, row in enumerate(rows[:limit])]
-        if format_.choices is None:
-            pooled = [_read(path, source, number, row, format_, tokenizer) for number, row in enumerate(rows[:POOL])]
-            read = _with_wrong_results(read, pooled)
         fitting = [question for question in read if longest is None or question.length <= longest]
         if len(fitting) < len(read):
             first = next(question for question in read if question not in fitting)
@@ -223,15 +217,3 @@ def _covering(
         for number, (start, end) in enumerate(offsets)
         if any(start < last and end > first for first, last in inside)
     )
-
-
-def _with_wrong_results(questions: list[Question], pooled: list[Question]) -> list[Question]:
-    """For the control: each token of a result replaced by one of another question's results, drawn by the id."""
-    pool = sorted({question.continuations[0][at] for question in pooled for at in question.results})
-    out = []
-    for question in questions:
-        draw = random.Random(f"wrong {question.source} {question.id}")
-        right = [question.continuations[0][at] for at in question.results]
-        others = [[token for token in pool if token != own] for own in right]
-        out.append(replace(question, wrong=tuple(map(draw.choice, others)) if all(others) else ()))
-    return out

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dynadepth.adapter import identity
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import ConfigError
-from dynadepth.route_file import Header, PromptRoutes, RouteFile, RouteWriter, recover
+from dynadepth.route_file import Header, PromptRoutes, RouteFile, RouteWriter, recover, write_header
 from dynadepth.search.layers import MEMORY, LayerRunner
 from dynadepth.search.pool import Load, in_processes
 from dynadepth.search.questions import Question
@@ -46,10 +46,10 @@ def header_for(model: Any, settings: SearchSettings, data: dict[str, str], prove
 
 
 def begin(out: Path, header: Header, resume: bool) -> RouteFile:
-    """The file to be added to: what it holds, or a new one.
+    """The file to be added to: what it holds, or a new one. Data files that it has no prompts of yet join its header.
 
-    Raises `ConfigError` where there is one and `resume` is not said, or it was begun with other settings; `DataError`
-    where it belongs to another model or is no such file.
+    Raises `ConfigError` where there is one and `resume` is not said, or it was begun with other settings or with
+    another file of the same name; `DataError` where it belongs to another model or is no such file.
     """
     found = None
     if out.exists() and out.stat().st_size:
@@ -61,13 +61,18 @@ def begin(out: Path, header: Header, resume: bool) -> RouteFile:
             writer.start(header)
         return RouteFile(header, [])
     found.check_model(out, header.model)
-    if found.header.search != header.search:
-        keys = sorted({*found.header.search, *header.search})
-        key = next(key for key in keys if found.header.search.get(key) != header.search.get(key))
+    data = dict(sorted({**header.search["data"], **found.header.search["data"]}.items()))
+    begun = {**found.header.search, "data": data}
+    wanted = {**header.search, "data": {**data, **header.search["data"]}}
+    if begun != wanted:
+        key = next(key for key in sorted({*begun, *wanted}) if begun.get(key) != wanted.get(key))
         raise ConfigError(
-            f"{out} was begun with {key} = {found.header.search.get(key)!r}, not {header.search.get(key)!r}: go on "
-            "with the same settings and data, or give another name."
+            f"{out} was begun with {key} = {begun.get(key)!r}, not {wanted.get(key)!r}: go on with the same settings "
+            "and data (other files may join), or give another name."
         )
+    if begun != found.header.search:
+        found = RouteFile(replace(found.header, search=begun), found.prompts)
+        write_header(out, found.header)
     return found
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.route_file import Answer, PromptRoutes, Route
-from dynadepth.search.answers import Reply, logistic, replies
+from dynadepth.search.answers import Reply, logistic, replies, with_rivals
 from dynadepth.search.layers import MEMORY, LayerRunner
 from dynadepth.search.questions import Question
 from dynadepth.search.tree import Counts, RouteTree, TreeSettings
@@ -35,9 +35,10 @@ class SearchSettings:
     """What decides which routes are found; written into the file, and compared on `--resume`."""
 
     tree: TreeSettings = field(default_factory=TreeSettings)
-    margin: float = 0.1
+    margin: float = 0.5
     """By how much the right answer must lead under a route that is kept, in nats. Ours: the paper has none, but
-    what wins by less is decided by rounding and luck."""
+    what wins by less is decided by rounding (in bfloat16 leads move by up to 0.4 nats from one way of running the same
+    layers to another) and by luck."""
 
     budget: float | None = None
     """Most layers that a kept route may run, as a share of the model's. None: as many as the dense route where that is
@@ -103,6 +104,7 @@ class Searcher:
         """What was found for each question, in their order. Depends on a question and the settings alone (but for the
         last bits of a log-probability, which depend on what is computed together)."""
         self.runner.take([question.row for question in questions])
+        questions = with_rivals(self.runner, questions)
         searches = [_Search(question, self.n_layers, self.settings) for question in questions]
         while asked := [(number, counts) for number, search in enumerate(searches) for counts in search.ask()]:
             for (number, counts), reply in zip(asked, replies(self.runner, questions, asked), strict=True):
@@ -167,15 +169,10 @@ class _Search:
         gold = question.gold or 0
         dense = self.replies[self.dense].margin(gold)
         most = settings.most_layers(self.n_layers, dense > 0)
-        kept = [
-            Route(True, margin, counts)
-            for counts, margin in self._margins(gold)
-            if margin > 0 and margin >= settings.margin and sum(counts) <= most
-        ]
         wrong = None
         if self.wrong is not None:
             wrong = max((margin for counts, margin in self._margins(self.wrong) if sum(counts) <= most), default=None)
-        naive = self.n_layers + sum(sum(c) for t in self._towards.values() for c in t.evaluated if c != self.dense)
+        apart = self.n_layers + sum(sum(c) for t in self._towards.values() for c in t.evaluated if c != self.dense)
         return PromptRoutes(
             id=question.id,
             source=question.source,
@@ -184,11 +181,23 @@ class _Search:
             gold=question.gold,
             completion=question.completion,
             dense=Answer(dense > 0, dense),
-            routes=tuple(sorted(kept, key=self._worth, reverse=True)),
+            routes=self._kept(gold, most),
             control=wrong,
+            control_routes=() if self.wrong is None else self._kept(self.wrong, most),
             executions=executions,
-            naive_executions=naive,
+            naive_executions=sum(map(sum, self.replies)),
+            apart_executions=apart,
         )
+
+    def _kept(self, target: int, most: int) -> tuple[Route, ...]:
+        """The routes of at most so many layers that give the answer `target` by the margin, best first."""
+        least = self.settings.margin
+        kept = [
+            Route(target == (self.question.gold or 0), margin, counts)
+            for counts, margin in self._margins(target)
+            if margin > 0 and margin >= least and sum(counts) <= most
+        ]
+        return tuple(sorted(kept, key=self._worth, reverse=True))
 
     def _margins(self, target: int) -> Iterator[tuple[Counts, float]]:
         """The routes that the search towards `target` evaluated, but for the dense one."""

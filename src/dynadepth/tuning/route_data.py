@@ -9,6 +9,8 @@ Shape suffixes: N examples, L routed layers, W windows, D hidden size.
 
 from __future__ import annotations
 
+import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.budget import forward, prompts_to_batches
 from dynadepth.errors import DataError, TuningError
 from dynadepth.model import fixed_routes
-from dynadepth.route_file import PromptRoutes, RouteFile
+from dynadepth.route_file import PromptRoutes, Route, RouteFile
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.context import current
 from dynadepth.routing.decision import Site
@@ -31,6 +33,8 @@ from dynadepth.routing.windows import pool_windows
 from dynadepth.tuning.route_recipe import RouteRecipe
 
 BATCH = 16
+MOST_MEMORY = 0.7
+"""Share of the machine's memory that examples may take."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,13 @@ class Split:
 
 def kept(prompt: PromptRoutes, n_layers: int, recipe: RouteRecipe) -> list[tuple[int, ...]]:
     """The counts of the routes of a prompt that are learnt from. DataError for one that repeats a layer twice."""
-    routes = [route for route in prompt.routes if route.correct]
+    routes: Sequence[Route] = prompt.control_routes if recipe.towards == "control" else prompt.routes
+    routes = [route for route in routes if route.margin >= recipe.margin]
     if recipe.credible and not prompt.dense.correct:
         least = -float("inf") if prompt.control is None else prompt.control
         routes = [route for route in routes if route.margin > least]
+    if recipe.order == "margin":
+        routes = sorted(routes, key=lambda route: route.margin, reverse=True)
     chosen = [route.counts for route in routes[: recipe.routes_per_prompt]]
     for counts in chosen:
         if max(counts) > 2:
@@ -64,7 +71,7 @@ def kept(prompt: PromptRoutes, n_layers: int, recipe: RouteRecipe) -> list[tuple
                 f"The route of prompt {prompt.id!r} of {prompt.source} executes a layer {max(counts)} times, and "
                 "routers can repeat it once: search with --repeats 1."
             )
-    if not chosen and recipe.dense and prompt.dense.correct and not prompt.routes:
+    if not chosen and recipe.dense and prompt.dense.correct:
         return [(1,) * n_layers]
     return chosen
 
@@ -136,7 +143,9 @@ def shown(
     router = next(iter(routing.routers().values()))
     base = unwrapped(model)
     size = base.config.get_text_config(decoder=True).hidden_size
-    found = torch.empty(len(examples), len(routing.sites), router.windows, size, dtype=base.dtype)
+    shape = (len(examples), len(routing.sites), router.windows, size)
+    _check_memory(shape, base.dtype.itemsize)
+    found = torch.empty(shape, dtype=base.dtype)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     with _watched(model, router.windows) as seen:
         for start in range(0, len(order), BATCH):
@@ -149,6 +158,22 @@ def shown(
             if progress:
                 progress(start + len(rows), len(order))
     return found
+
+
+def _check_memory(shape: tuple[int, ...], itemsize: int) -> None:
+    """Raises TuningError where the states of all examples are larger than this machine's memory."""
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such figure on this system
+        return
+    need = math.prod(shape) * itemsize
+    if need > MOST_MEMORY * machine:
+        most = int(shape[0] * MOST_MEMORY * machine / need)
+        raise TuningError(
+            f"what the routers are shown of {shape[0]:,} examples takes {need / 2**30:,.1f} GiB, and this machine has "
+            f"{machine / 2**30:,.1f}: learn from {most:,} at most (fewer --max-samples, or routes_per_prompt of the "
+            "recipe)."
+        )
 
 
 def labels(model: nn.Module, examples: Sequence[RouteExample]) -> Tensor:

@@ -38,9 +38,17 @@ class RouteRecipe:
     patience: int = 5
     """Epochs without a better macro-F1 on the validation prompts after which tuning stops."""
     routes_per_prompt: int = 1
-    """The best so many routes of a prompt are examples."""
+    """The first so many routes of a prompt are examples."""
+    order: str = "worth"
+    """Which routes of a prompt come first: by `worth`, the search's own measure, in which a few layers less are worth
+    more than any lead; or by `margin`, the lead of the right answer."""
+    margin: float = 0.0
+    """Routes with a smaller lead, in nats, are no examples."""
+    towards: str = "gold"
+    """`control`: the examples are routes towards a wrong answer, which the search's control kept. What routers learn
+    from them, any search leaves: a baseline for what they learn from `gold`."""
     dense: bool = False
-    """Prompts that the dense model answers rightly, and for which no route was kept, are examples of executing
+    """Prompts that the dense model answers rightly, and of which no route is an example, are examples of executing
     everything."""
     credible: bool = False
     """Of routes that correct a wrong answer, only those count whose margin is above what the same search reached
@@ -54,9 +62,14 @@ class RouteRecipe:
         for name in ("batch_size", "epochs", "patience", "routes_per_prompt"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("gamma", "learning_rate", "warmup_steps", "weight_decay"):
+        for name in ("gamma", "learning_rate", "warmup_steps", "weight_decay", "margin"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be zero or more, not {getattr(self, name)}.")
+        for name, known in (("order", ("worth", "margin")), ("towards", ("gold", "control"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be {known[0]} or {known[1]}, not {getattr(self, name)!r}.")
+        if self.towards == "control" and (self.credible or self.dense):
+            raise ConfigError("towards: control takes the control's routes alone: leave credible and dense out.")
         if not 0 <= self.beta < 1:
             raise ConfigError(f"beta must be at least 0 and below 1, not {self.beta}.")
         if not (self.validation > 0 and self.holdout > 0 and self.validation + self.holdout < 1):
