@@ -17,6 +17,7 @@ from transformers import (
 
 from dynadepth import MindSkipConfig, Site, attach, fixed_routes, load, recording, routing_of, save, set_budget
 from dynadepth.budget import (
+    QUANTILES,
     calibrate,
     forward,
     importance,
@@ -28,7 +29,7 @@ from dynadepth.budget import (
 )
 from dynadepth.errors import BudgetError
 from dynadepth.methods.static import skip_count
-from dynadepth.routing.calibration import Calibration, CalibrationPoint
+from dynadepth.routing.calibration import TOLERANCE, Calibration, CalibrationPoint
 
 SIZES = {
     "vocab_size": 101,
@@ -154,6 +155,30 @@ def test_quantile_threshold_keeps_its_share(values, keep):
     logits = torch.tensor(values, dtype=torch.float64)
     kept = (logits >= quantile_threshold(logits, keep)).double().mean()
     assert abs(float(kept) - keep) <= 1.5 / len(values) + 1 / 256
+
+
+def quantiles(logits):
+    return tuple(torch.quantile(logits, torch.linspace(0, 1, QUANTILES, dtype=torch.float64)).tolist())
+
+
+@given(
+    st.integers(8, 40),
+    st.floats(0.1, 0.9),
+    st.lists(st.floats(-1, 1), min_size=60, max_size=60),
+    st.lists(st.floats(-1, 1), min_size=60, max_size=60),
+)
+def test_routers_that_answer_alike_keep_the_same_share_of_other_inputs(n_sites, keep, jitter, other):
+    """Each site's logits differ by a millionth from input to input: wherever a whole count of sites is within the
+    tolerance, that count executes, on inputs of which nothing is known, too."""
+    biases = torch.linspace(-1, 1, n_sites, dtype=torch.float64)[:, None]
+    seen, new = (biases + 1e-6 * torch.tensor(values, dtype=torch.float64) for values in (jitter, other))
+    calibration = Calibration((CalibrationPoint(keep, quantiles(seen.flatten())),), 60)
+    kept = float((new >= calibration.threshold(keep)).double().mean())
+    nearest = round(keep * n_sites) / n_sites
+    if abs(nearest - keep) <= TOLERANCE - 1.5 / 256:
+        assert kept * n_sites == pytest.approx(round(kept * n_sites)), "a site cut in two"
+        assert abs(kept - keep) <= TOLERANCE
+    assert abs(kept - keep) <= 1 / n_sites
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

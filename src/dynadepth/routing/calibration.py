@@ -11,6 +11,9 @@ from typing import Any
 TOLERANCE = 0.02
 """How far a measured keep ratio may be from its budget."""
 
+WIDER = 32.0
+"""A spacing of the logits so many times as wide as most of those around it is a gap."""
+
 
 @dataclass(frozen=True)
 class CalibrationPoint:
@@ -20,11 +23,22 @@ class CalibrationPoint:
     keep: float
     quantiles: tuple[float, ...]
 
-    def threshold(self, keep: float) -> float:
-        """The logit that the share `keep` of the units reaches or exceeds."""
-        place = (1 - min(max(keep, 0.0), 1.0)) * (len(self.quantiles) - 1)
-        low = min(int(place), len(self.quantiles) - 2)
+    def threshold(self, keep: float, slack: float = 0.0) -> float:
+        """The logit that the share `keep` of the units reaches or exceeds, or one in a gap within `slack` of it.
+
+        Routers that answer nearly the same for every input have their logits in narrow bunches, one a site. A threshold
+        inside a bunch cuts it by differences that mean nothing, and cuts it elsewhere on the next prompts; one in a gap
+        between bunches keeps what it kept.
+        """
+        steps = len(self.quantiles) - 1
+        place = (1 - min(max(keep, 0.0), 1.0)) * steps
+        low = min(int(place), steps - 1)
         below, above = self.quantiles[low], self.quantiles[low + 1]
+        near = range(max(0, math.ceil(place - slack * steps)), min(steps, math.floor(place + slack * steps)))
+        spacings = sorted((self.quantiles[at + 1] - self.quantiles[at], at) for at in near)
+        if spacings and spacings[-1][0] > WIDER * spacings[len(spacings) // 2][0]:
+            width, at = spacings[-1]
+            return self.quantiles[at] + width / 2
         return below + (place - low) * (above - below)
 
 
@@ -36,8 +50,8 @@ class Calibration:
     n_sequences: int
 
     def threshold(self, keep: float) -> float:
-        """The threshold (logit space) for a keep ratio of the routed sites, between the two nearest points by
-        distance."""
+        """The threshold (logit space) for a keep ratio of the routed sites within `TOLERANCE`, between the two nearest
+        points by distance."""
         if keep >= 1:
             return -math.inf
         if keep <= 0:
@@ -45,10 +59,10 @@ class Calibration:
         keeps = [point.keep for point in self.points]
         right = bisect_right(keeps, keep)
         if right == 0 or right == len(keeps):
-            return self.points[min(right, len(keeps) - 1)].threshold(keep)
+            return self.points[min(right, len(keeps) - 1)].threshold(keep, TOLERANCE)
         low, high = self.points[right - 1], self.points[right]
         share = (keep - low.keep) / (high.keep - low.keep)
-        return (1 - share) * low.threshold(keep) + share * high.threshold(keep)
+        return (1 - share) * low.threshold(keep, TOLERANCE) + share * high.threshold(keep, TOLERANCE)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; read back by `from_dict`."""
