@@ -76,6 +76,18 @@ def test_cells_of_a_route_that_all_rows_share(name):
     assert {cell["unit"] for cell in cells.values()} == {"s/prefill", "s/token", "s/call"}
 
 
+def test_what_skip_paths_remember_is_counted_beside_the_keys():
+    """Two sites skip for two rows: the latest state and the sum of all, 5 float32 each, and the count."""
+    model = routed(skip={0: True, 2: True}, skip_path="linear", skip_rank=5)
+    cells = cells_of(model, batch=2)
+    for phase, length in (("prefill", 9), ("decode", 12)):
+        cell = cells["routed", phase]
+        assert cell["state_bytes_routed"] == 2 * 2 * (5 + 5 + 1) * 4
+        assert cell["kv_bytes_routed"] == kv(model, [1, 3], length, batch=2)
+        assert cell["reserved_bytes_routed"] >= kv(model, [1, 3], 12, batch=2)
+        assert cells["execute_all", phase]["state_bytes_routed"] == 0
+
+
 def test_mixed_routes_have_no_pruned_twin_but_a_nominal_time():
     """Rows that decide differently: no one model is the ideal, so it is interpolated by FLOPs."""
     model = routed()

@@ -40,6 +40,10 @@ class Samples:
     generate: list[float] = field(default_factory=list)
     kv_bytes: dict[str, int] = field(default_factory=dict)
     """Held by the cache after the prefill and after the last step."""
+    state_bytes: int = 0
+    """Of the skip paths, beside them."""
+    reserved_bytes: int | None = None
+    """Of the keys and values with the room for later tokens, after the last step; None of a cache that is not ours."""
     peak_bytes: int | None = None
     """Of a prefill, its cache included, beyond what was in use before; None where the system cannot tell."""
     routes: dict[Site, list[int]] = field(default_factory=dict)
@@ -142,6 +146,8 @@ def measure(
             for name, cache in caches.items():
                 check_length(models[name], cache, work.filled + steps)
                 samples[name].kv_bytes["decode"] = held_bytes(cache)
+                if isinstance(cache, RoutedCache):
+                    samples[name].state_bytes, samples[name].reserved_bytes = cache.state_bytes(), cache.reserved_bytes()
             caches.clear()
             for name in _rotated(generate, round_):
                 seconds, _ = _timed(partial(work.generate, models[name]), device)

@@ -252,6 +252,10 @@ class RoutedCache(DynamicCache):
         """Bytes of the key and value tensors that are allocated, room for later tokens included."""
         return self._held_bytes() + sum(layer.spare_bytes() for layer in self.layers if isinstance(layer, Room))
 
+    def state_bytes(self) -> int:
+        """Bytes that skip paths remember: a constant size a sequence, beside the keys and values."""
+        return self.memories.bytes()
+
     def _held_bytes(self) -> int:
         return sum(
             tensor.numel() * tensor.element_size()
