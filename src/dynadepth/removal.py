@@ -137,11 +137,15 @@ def _giving(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: output
 
 
-def alone(damage: Damage, progress: Progress | None = None) -> dict[Site, float]:
-    """The damage of skipping each routed site alone."""
-    scores = {}
+def alone(
+    damage: Damage, progress: Progress | None = None, known: dict[Site, float] | None = None
+) -> dict[Site, float]:
+    """The damage of skipping each routed site alone. What is `known` is not measured again; the others join it."""
+    scores = {} if known is None else known
     damage.settle(())
     for done, site in enumerate(damage.sites):
+        if site in scores:
+            continue
         scores[site] = damage.of([site])
         if progress:
             progress(done + 1, len(damage.sites))

@@ -101,6 +101,22 @@ class TestOrdersByRemoval:
             assert {len(route) for route in calls.made} == {count}
         assert json.loads(file.read_text())["chosen"] == pytest.approx(wanted)
 
+    def test_an_interrupted_pass_over_single_sublayers_goes_on(self, opened, settings, tmp_path, calls):
+        asked = settings("static-alone", budgets=(0.5,))
+        calls.interrupt(3)
+        with pytest.raises(KeyboardInterrupt):
+            run_frontier(*opened, asked, tmp_path)
+        file = tmp_path / "scores" / "static-alone.json"
+        before = json.loads(file.read_text())["alone"]
+        assert len(before) == 2
+        calls.interrupt(None)
+        calls.made.clear()
+        run_frontier(*opened, asked, tmp_path)
+        assert len(calls.made) == 2
+        after = json.loads(file.read_text())["alone"]
+        assert len(after) == 4
+        assert {site: after[site] for site in before} == before
+
     def test_scores_of_other_settings_are_refused_and_damaged_ones_measured_again(
         self, opened, settings, tmp_path, calls, monkeypatch
     ):
@@ -119,6 +135,28 @@ class TestOrdersByRemoval:
         run_frontier(*opened, asked, tmp_path, Teller(detail=told.append))
         assert len(calls.made) == 4
         assert any("static-alone.json is damaged" in line and "measured again" in line for line in told)
+
+
+def test_importance_is_measured_once_for_a_folder(opened, settings, tmp_path, monkeypatch):
+    """Rows of one target share it, and a resumed run reads it."""
+    measured, original = [], workbench.scores_of
+
+    def counted(*args):
+        measured.append(original(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(workbench, "scores_of", counted)
+    asked = settings("static", "static-linear")
+    first = run_frontier(*opened, asked, tmp_path)
+    assert len(measured) == 1
+    forget_cells(tmp_path)
+    again = run_frontier(*opened, asked, tmp_path)
+    assert len(measured) == 1
+    assert [c["site_keep"] for c in again.cells["static"].values()] == [
+        c["site_keep"] for c in first.cells["static"].values()
+    ]
+    saved = json.loads((tmp_path / "scores" / "static.json").read_text())["cosine"]
+    assert {Site.parse(site): score for site, score in saved.items()} == measured[0]
 
 
 def test_static_linear_is_static_with_fitted_paths(opened, settings, tmp_path, monkeypatch):

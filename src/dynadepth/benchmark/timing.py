@@ -147,7 +147,8 @@ def measure(
                 check_length(models[name], cache, work.filled + steps)
                 samples[name].kv_bytes["decode"] = held_bytes(cache)
                 if isinstance(cache, RoutedCache):
-                    samples[name].state_bytes, samples[name].reserved_bytes = cache.state_bytes(), cache.reserved_bytes()
+                    samples[name].state_bytes = cache.state_bytes()
+                    samples[name].reserved_bytes = cache.reserved_bytes()
             caches.clear()
             for name in _rotated(generate, round_):
                 seconds, _ = _timed(partial(work.generate, models[name]), device)

@@ -1,8 +1,7 @@
 """Orders of static routes: which layers are skipped, the first one first.
 
-Three of them are measured by removal (removal.py), which takes minutes: scores are kept in `DIR/scores/NAME.json`,
-whole or not at all, with the settings they depend on. A greedy search is kept after each of its rounds and goes on
-where it was, also where a lower budget asks for more layers.
+Three of them are measured by removal (removal.py), which takes minutes: scores are kept (scores.py) after each
+sublayer, or each round of a greedy search, which goes on where it was, also where a lower budget asks for more layers.
 """
 
 from __future__ import annotations
@@ -10,50 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from dynadepth.budget import in_order
 from dynadepth.errors import ConfigError, DataError
+from dynadepth.frontier.scores import Scores, read_scores, scores_path, write_scores
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import StaticConfig
 from dynadepth.methods.static import skip_count
 from dynadepth.model import attach, detach, load
-from dynadepth.provenance import provenance
 from dynadepth.recipe_files import difference
 from dynadepth.removal import Damage, GreedySearch, alone
-from dynadepth.report.cells import FORMAT, SCORES, plain, read_json, write_json
-from dynadepth.routing.decision import Site
+from dynadepth.report.cells import plain
 from dynadepth.tuning import load_recipe
 
 TOKENS, STRIDE, PATIENCE = 4096, 4, 8
 """Of importance by removal: held-out tokens read, of which every so many are compared, and candidates a greedy round.
 With 135M parameters on two cores one removal takes a few seconds, and 15 greedy rounds five to ten minutes."""
 
-Scores = dict[Site, float]
-
 
 def _cosine(bench: Workbench, name: str, target: str) -> list[int]:
     return list(in_order(bench.scores(name, load_recipe(), target)))
 
 
-def _alone(bench: Workbench, name: str, target: str) -> list[int]:
-    found = _Removal.read(bench, name, target)
-    if not found.alone:
-        with _measuring(bench, name, target) as damage:
-            found.alone = alone(damage, _told(bench, "alone"))
-        found.write(bench, name)
-    return list(in_order(found.alone))
+def _alone(bench: Workbench, name: str, target: str, order: str = "alone") -> list[int]:
+    found = _Removal.read(bench, name, target, order)
+    if len(found.alone) < bench.n_layers:
+        tell = _told(bench, "alone")
 
+        def keep(done: int, total: int) -> None:
+            found.write(bench, name)
+            tell(done, total)
 
-def _damage(bench: Workbench, name: str, target: str) -> list[int]:
-    found = _Removal.read(bench, name, target, "damage")
-    if not found.alone:
-        folder = bench.paths(name, load_recipe(), every_site(target))
+        folder = bench.paths(name, load_recipe(), every_site(target)) if order == "damage" else None
         with _measuring(bench, name, target, folder) as damage:
-            found.alone = alone(damage, _told(bench, "alone"))
-        found.write(bench, name)
+            alone(damage, keep, found.alone)
     return list(in_order(found.alone))
 
 
@@ -76,7 +69,7 @@ def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
 ORDERS: dict[str, Callable[[Workbench, str, str], list[int]]] = {
     "cosine": _cosine,
     "alone": _alone,
-    "damage": _damage,
+    "damage": partial(_alone, order="damage"),
     "greedy": _greedy,
     "deepest": lambda bench, name, target: list(range(bench.n_layers - 2, -1, -1)),
     "random": lambda bench, name, target: Random(bench.settings.seed).sample(range(bench.n_layers), bench.n_layers),
@@ -133,7 +126,7 @@ class _Removal:
     @classmethod
     def read(cls, bench: Workbench, name: str, target: str, order: str = "alone") -> _Removal:
         """From the row's file; without one, the damages alone that another row measured with the same settings."""
-        settings, path = _settings(bench, name, target, order), _path(bench, name)
+        settings, path = _settings(bench, name, target, order), scores_path(bench.out, name)
         if path.exists():
             try:
                 made, found = _parsed(path)
@@ -156,33 +149,12 @@ class _Removal:
     def write(self, bench: Workbench, name: str) -> None:
         """Into the row's file."""
         parts = {"alone": self.alone, "chosen": self.search.chosen, "increase": self.search.increase}
-        write_json(
-            _path(bench, name),
-            {
-                "format": FORMAT,
-                "settings": self.settings,
-                **{key: {str(site): score for site, score in scores.items()} for key, scores in parts.items()},
-                "provenance": provenance(seed=bench.settings.seed, dtype=bench.model.dtype),
-            },
-        )
-
-
-def _path(bench: Workbench, name: str) -> Path:
-    return bench.out / SCORES / f"{name}.json"
+        path = scores_path(bench.out, name)
+        write_scores(path, self.settings, parts, bench.settings.seed, bench.model.dtype)
 
 
 def _parsed(path: Path) -> tuple[dict[str, Any], _Removal]:
-    document = read_json(path)
-    if document.get("format") != FORMAT:
-        raise DataError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}.")
-    try:
-        chosen, increase, each = (
-            {Site.parse(site): float(score) for site, score in document[key].items()}
-            for key in ("chosen", "increase", "alone")
-        )
-        settings = dict(document["settings"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: its scores cannot be read ({error!r}).") from error
+    settings, (each, chosen, increase) = read_scores(path, "alone", "chosen", "increase")
     return settings, _Removal(settings, each, GreedySearch(chosen, increase))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.budget import Batches, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError, NewerFormatError
+from dynadepth.frontier.scores import read_scores, scores_path, write_scores
 from dynadepth.frontier.settings import Settings, source_facts
 from dynadepth.methods import StaticConfig
 from dynadepth.model import attach, detach
@@ -52,7 +54,6 @@ class Workbench:
     finished: dict[str, Cell] = field(default_factory=dict)
     """Cells by name."""
     _examples: dict[tuple[Any, ...], list[Example]] = field(default_factory=dict)
-    _scores: dict[tuple[Any, ...], dict[Site, float]] = field(default_factory=dict)
     _damaged: set[str] = field(default_factory=set)
     """Rows whose damaged routers were said."""
 
@@ -111,13 +112,19 @@ class Workbench:
         return prompts_to_batches(texts, pad_token_id(self.tokenizer))
 
     def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:
-        """1 − cosine importance of the target's sublayers, on the method's tuning data."""
-        key = (self.source(row, recipe), recipe.max_samples, target)
-        if key not in self._scores:
-            examples = self.examples(row, recipe)
-            self.tell("measuring importance")
-            self._scores[key] = scores_of(self.model, examples, pad_token_id(self.tokenizer), target)
-        return self._scores[key]
+        """1 − cosine importance of the target's sublayers, on the method's tuning data; measured once."""
+        settings = plain({**self.text_settings(row, recipe), "cosine": target})
+        own = scores_path(self.out, row)
+        for path in (own, *sorted(own.parent.glob("*.json"))):
+            with suppress(DataError):
+                made, (scores,) = read_scores(path, "cosine")
+                if made == settings:
+                    return scores
+        examples = self.examples(row, recipe)
+        self.tell("measuring importance")
+        scores = scores_of(self.model, examples, pad_token_id(self.tokenizer), target)
+        write_scores(own, settings, {"cosine": scores}, self.settings.seed, self.model.dtype)
+        return scores
 
     def tuning_settings(self, row: str, recipe: Recipe) -> dict[str, Any]:
         """What a method's routers depend on, as JSON."""

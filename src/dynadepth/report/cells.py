@@ -4,7 +4,7 @@
     DIR/frontier.json            the methods and the table, without the scores of single rows
     DIR/table.md                 the table, to be read
     DIR/routers/NAME             routers of the tuned methods, and fitted skip paths
-    DIR/scores/NAME.json         importance by removal, where a method's order is measured so
+    DIR/scores/NAME.json         importance of sublayers, where a method's order is measured
 
 A cell is written when it is finished, whole or not at all; one that was not timed may be timed later. `report.folder`
 reads leniently, for the page.
