@@ -16,7 +16,19 @@ from dynadepth.report.folder import read_folder
 from dynadepth.report.frontier_figures import drawings, write_figures
 from dynadepth.report.frontier_page import render
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--dump-dom",
+    "--disable-background-networking",
+    "--allow-file-access-from-files",
+    "--virtual-time-budget=5000",
+]
 PHONE = 390
 PROBE = """<script>addEventListener("load", () => {
   const shown = [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
@@ -55,7 +67,19 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def in_browser(page: str, folder: Path, scheme: int) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """The command of a Chromium that starts on this machine."""
+    for command in filter(None, map(shutil.which, BROWSERS)):
+        profile = tmp_path_factory.mktemp("profile")
+        started = [command, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
+        done = subprocess.run(started, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode == 0 and "<html" in done.stdout:
+            return command
+    pytest.skip("no Chromium that starts on this machine (Debian: apt-get install chromium)")
+
+
+def in_browser(browser: str, page: str, folder: Path, scheme: int) -> dict[str, object]:
     """What the page is in a browser as wide as a phone; `scheme` 0 is dark, 1 light.
 
     The policy that forbids fetching is taken out first: the page has to be good without it.
@@ -68,11 +92,7 @@ def in_browser(page: str, folder: Path, scheme: int) -> dict[str, object]:
     reader = """<script>addEventListener("load", () => setTimeout(() => {
       document.title = frames[0].document.getElementById("found").textContent; }, 200))</script>"""
     (folder / "outer.html").write_text(f"<!doctype html><title>-</title>{frame}{reader}", encoding="utf-8")
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars --dump-dom "
-        "--disable-background-networking --allow-file-access-from-files --virtual-time-budget=5000"
-    )
-    command = [str(BROWSER), *options.split(), f"--blink-settings=preferredColorScheme={scheme}"]
+    command = [browser, *OPTIONS, f"--blink-settings=preferredColorScheme={scheme}"]
     command += [f"--user-data-dir={folder / 'profile'}", (folder / "outer.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     found = re.search(r"<title>(\{.*?\})</title>", done.stdout, flags=re.DOTALL)
@@ -80,11 +100,10 @@ def in_browser(page: str, folder: Path, scheme: int) -> dict[str, object]:
     return json.loads(found[1].replace("&amp;", "&").replace("&gt;", ">").replace("&lt;", "<"))
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
 @pytest.mark.parametrize(("scheme", "paper", "ink"), [(1, "rgb(255, 255, 255)", "rgb(36, 41, 47)"),
                                                       (0, "rgb(13, 17, 23)", "rgb(230, 237, 243)")])  # fmt: skip
-def test_in_a_browser(finished, tmp_path, scheme, paper, ink):
-    found = in_browser(render(read_folder(finished)), tmp_path, scheme)
+def test_in_a_browser(browser, finished, tmp_path, scheme, paper, ink):
+    found = in_browser(browser, render(read_folder(finished)), tmp_path, scheme)
     assert found["fetched"] == []
     assert found["figures"] == 4  # quality, tasks, and a map a method
     assert found["width"] == PHONE
