@@ -9,7 +9,9 @@ Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) 
     random    for each prompt a random route with as many skips and repeats as its best one
 
 and `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs every prompt's best
-route once more, alone: the share whose verdict is the recorded one. Prints a JSON document.
+route once more, alone, by the search's runner (`apart`) and, of multiple choices, as a routed model does (`attached`,
+one forward an option): the share whose verdict is the recorded one, and how far the leads are from the recorded ones,
+nats. Prints a JSON document.
 """
 
 import json
@@ -18,29 +20,21 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dynadepth import adapter, hub, route_file
+import torch
+
+from dynadepth import MindSkipConfig, adapter, attach, fixed_routes, hub, route_file
 from dynadepth.architectures import decoder_layers
 from dynadepth.provenance import provenance
+from dynadepth.routed import routing_of
 from dynadepth.search.answers import replies
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
-from dynadepth.search.searcher import grouped
+from dynadepth.search.replay import right
 from dynadepth.search.tree import TreeSettings
 from dynadepth.statistics import paired_bootstrap
 
 CANDIDATES = 24
 """Static routes that are tried."""
-
-
-def right(runner, questions, routes):
-    """Whether each question is answered rightly under its routes: `routes[key]` is a list of them; by key."""
-    out = {}
-    for group in grouped(list(questions.values())):
-        runner.take([question.row for question in group])
-        asked = [(n, counts) for n, q in enumerate(group) for counts in routes[q.source, q.id]]
-        for (n, counts), reply in zip(asked, replies(runner, group, asked), strict=True):
-            out[group[n].source, group[n].id, counts] = reply.margin(group[n].gold or 0) > 0
-    return out
 
 
 def random_like(counts, draw):
@@ -52,11 +46,51 @@ def random_like(counts, draw):
             return tuple(drawn)
 
 
+def apart(runner, question, route):
+    """The lead of the gold answer under a route, run alone."""
+    if route is None:
+        return None
+    runner.take([question.row])
+    return replies(runner, [question], [(0, route.counts)])[0].margin(question.gold or 0)
+
+
+@torch.no_grad()
+def attached(model, question, route):
+    """The same from forwards of the routed model, one for each option."""
+    if route is None:
+        return None
+    sums = []
+    with fixed_routes(model, {site: route.counts[site.layer] for site in routing_of(model).sites}):
+        for tokens in question.continuations:
+            ids = torch.tensor([question.context + tokens[:-1]], device=model.device)
+            prompt = torch.arange(ids.shape[1], device=model.device)[None] < len(question.context)
+            log_probs = model(input_ids=ids, prompt_mask=prompt).logits[0].float().log_softmax(-1)
+            places = range(len(question.context) - 1, ids.shape[1])
+            sums.append(sum(float(log_probs[at, token]) for at, token in zip(places, tokens, strict=True)))
+    return sums[question.gold] - max(total for option, total in enumerate(sums) if option != question.gold)
+
+
+def compared(routes, leads):
+    """Of the prompts with a kept route: how many say the same again, and how far the leads are off."""
+    pairs = [(routes[key].margin, lead) for key, lead in leads.items() if lead is not None]
+    off = [abs(before - now) for before, now in pairs]
+    if not pairs:
+        return None
+    return {
+        "prompts": len(pairs),
+        "same": sum(now > 0 for _, now in pairs) / len(pairs),
+        "mean_off": sum(off) / len(off),
+        "most_off": max(off),
+    }
+
+
 def main(model_name, routes_file, *rest):
     seed = int(rest[-1]) if rest[-1].isdigit() else 0
     files = [name for name in rest if not name.isdigit()]
-    model, tokenizer = hub.load_model(model_name), hub.load_tokenizer(model_name)
-    file = route_file.read(routes_file, adapter.identity(model, decoder_layers(model)))
+    file = route_file.read(routes_file)
+    model = hub.load_model(model_name, dtype=file.header.search["dtype"])
+    tokenizer = hub.load_tokenizer(model_name)
+    file.check_model(routes_file, adapter.identity(model, decoder_layers(model)))
     prompts = {(prompt.source, prompt.id): prompt for prompt in file.prompts}
     loaded, _ = load_questions(files, tokenizer)
     questions = {(q.source, q.id): q for q in loaded if (q.source, q.id) in prompts}
@@ -74,7 +108,7 @@ def main(model_name, routes_file, *rest):
 
     runner = LayerRunner(model)
     tried = right(runner, {key: questions[key] for key in first}, dict.fromkeys(first, candidates))
-    static = max(candidates, key=lambda counts: sum(tried[(*key, counts)] for key in first))
+    static = max(candidates, key=lambda counts: sum(tried[key, counts] for key in first))
     rows = {
         "dense": dict.fromkeys(second, dense),
         "oracle": {key: best[key] for key in second},
@@ -85,7 +119,7 @@ def main(model_name, routes_file, *rest):
     wanted = {key: list(dict.fromkeys(row[key] for row in rows.values())) for key in second}
     found = right(runner, {key: questions[key] for key in second}, wanted)
     document = {"prompts": len(second), "static_route": static, "rows": {}}
-    scores = {name: [float(found[(*key, row[key])]) for key in second] for name, row in rows.items()}
+    scores = {name: [float(found[key, row[key]]) for key in second] for name, row in rows.items()}
     # A prompt counts as the oracle's where dense is right, as in the search's own figures.
     scores["oracle"] = [max(pair) for pair in zip(scores["oracle"], scores["dense"], strict=True)]
     for name, row in rows.items():
@@ -97,11 +131,12 @@ def main(model_name, routes_file, *rest):
     margin = file.header.search["margin"]
     controls = [prompts[key].control for key in second if prompts[key].control is not None]
     document["control"] = sum(c >= margin for c in controls) / len(controls) if controls else None
-    same = []
-    for key in keys:
-        alone = right(runner, {key: questions[key]}, {key: [best[key]]})
-        same.append(alone[(*key, best[key])] == (bool(prompts[key].routes) or prompts[key].dense.correct))
-    document["replayed"] = {"prompts": len(same), "same": sum(same) / len(same)}
+    top = {key: prompts[key].routes[0] if prompts[key].routes else None for key in keys}
+    document["replayed"] = {"apart": compared(top, {key: apart(runner, questions[key], top[key]) for key in keys})}
+    attach(model, MindSkipConfig(target="block", layers="all"))
+    chosen = [key for key in keys if questions[key].options is not None]
+    leads = {key: attached(model, questions[key], top[key]) for key in chosen}
+    document["replayed"]["attached"] = compared(top, leads)
     document["provenance"] = provenance(seed=seed, dtype=model.dtype, model=file.header.model)
     document["provenance"]["command"] = " ".join(["python", "benchmarks/drllm/oracle.py", *sys.argv[1:]])
     document["routes"] = Path(routes_file).name

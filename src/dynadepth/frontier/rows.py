@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dynadepth.errors import ConfigError, did_you_mean
 from dynadepth.frontier.makers import Dense, Maker, RandomPerInput, Tuned, TwinOf
-from dynadepth.frontier.searched import RandomBeside, Searched, StaticBeside
+from dynadepth.frontier.searched import BestStatic, Oracle, RandomBeside, Searched, StaticBeside
 from dynadepth.frontier.shuffled import Shuffled
 from dynadepth.frontier.static import Static
 from dynadepth.report.cells import DENSE
@@ -25,12 +25,13 @@ class Row:
     @property
     def of(self) -> str | None:
         """The row that this one is compared with, whose cells are measured before."""
-        return self.maker.of if isinstance(self.maker, TwinOf | Shuffled | StaticBeside | RandomBeside) else None
+        beside = TwinOf | Shuffled | StaticBeside | RandomBeside | BestStatic
+        return self.maker.of if isinstance(self.maker, beside) else None
 
     @property
     def needs(self) -> str | None:
         """The row whose own data (`--data NAME=FILE`) this one cannot do without."""
-        if isinstance(self.maker, Searched):
+        if isinstance(self.maker, Searched | Oracle):
             return self.name
         return None if self.of is None else row_named(self.of).needs
 
@@ -91,12 +92,18 @@ ROWS = (
         "the static route that skips as many layers as drllm, those that it runs least",
         StaticBeside("drllm", DRLLM),
     ),
+    Row(
+        "drllm-best-static",
+        "the one route that is right for the most prompts of drllm's data, of those that the search kept",
+        BestStatic("drllm", DRLLM),
+    ),
     Row("drllm-random", "each input skips random layers, as many as drllm", RandomBeside("drllm", DRLLM)),
     Row(
         "drllm-shuffled",
         "the routers of drllm, every input under the route that they chose for another one",
         Shuffled("drllm", DRLLM),
     ),
+    Row("oracle", "every prompt under the best route that a search found for it: knows the answers", Oracle()),
 )
 """In the order of the table."""
 

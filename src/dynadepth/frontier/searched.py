@@ -1,33 +1,58 @@
-"""Rows of routers that learnt from searched routes, and their controls: a static and a random route as long.
+"""Rows of searched routes: routers that learnt from them, with their controls (a static and a random route as long, the
+best static route of the search), and the oracle, which is given each prompt's own.
 
-The file of routes is the row's tuning data, `--data drllm=FILE`. Such routers take their own choice, which no budget
-sets, so that each of these rows has one cell.
+The file of routes is the row's data, `--data drllm=FILE`, `--data oracle=FILE`. Such rows take their own choice, which
+no budget sets, so that each has one cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.budget import mixture
-from dynadepth.errors import ConfigError
+from dynadepth.errors import ConfigError, DataError
+from dynadepth.frontier.given import Prompt, Route, giving
 from dynadepth.frontier.makers import Budget, Maker, Part, attached, fixed, loaded
+from dynadepth.frontier.scoring import measured
 from dynadepth.frontier.settings import source_facts
 from dynadepth.frontier.workbench import Workbench
+from dynadepth.methods import StaticConfig
 from dynadepth.methods.random import RandomConfig
-from dynadepth.model import detach
+from dynadepth.model import attach, detach
 from dynadepth.report.cells import ROUTERS, plain
 from dynadepth.report.stamp import sign
-from dynadepth.route_file import read
+from dynadepth.route_file import RouteFile, read
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
+from dynadepth.search.replay import best_static, questions_of
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def routes_file(bench: Workbench, name: str) -> str:
+    """The file of routes that a row is given; ConfigError where none is named."""
+    file = bench.settings.data_of.get(name)
+    if file is None:
+        raise ConfigError(
+            f"{name} needs searched routes: name their file as --data {name}=FILE, or leave the method out with "
+            "--methods."
+        )
+    return file
+
+
+def read_routes(bench: Workbench, name: str) -> RouteFile:
+    """What it holds; it must be this model's."""
+    return read(routes_file(bench, name), adapter.identity(bench.model, decoder_layers(bench.model)))
 
 
 @dataclass(frozen=True)
@@ -40,23 +65,13 @@ class Searched(Maker):
         """The recipe."""
         return load_route_recipe(self.recipe)
 
-    def file(self, bench: Workbench, name: str) -> str:
-        """The file of routes; ConfigError where none is named."""
-        file = bench.settings.data_of.get(name)
-        if file is None:
-            raise ConfigError(
-                f"{name} learns from searched routes: name their file as --data {name}=FILE, or leave the method out "
-                "with --methods."
-            )
-        return file
-
     def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
         return (None,)
 
     def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
         tuning = {
             "recipe": self.made().to_dict(),
-            "data": source_facts(self.file(bench, name)),
+            "data": source_facts(routes_file(bench, name)),
             "max_samples": bench.settings.max_samples,
             "seed": bench.settings.seed,
             "model": bench.fingerprint,
@@ -64,7 +79,7 @@ class Searched(Maker):
         return {"tuning": plain(tuning)}
 
     def ready(self, bench: Workbench, name: str) -> None:
-        read(self.file(bench, name), adapter.identity(bench.model, decoder_layers(bench.model)))
+        read_routes(bench, name)
         with attached(bench.model, self.made().config()):
             pass  # the probe refuses what this model cannot do
 
@@ -81,7 +96,7 @@ class Searched(Maker):
             tune_from_routes(
                 bench.model,
                 bench.tokenizer,
-                self.file(bench, name),
+                routes_file(bench, name),
                 self.made(),
                 out=folder,
                 max_samples=bench.settings.max_samples,
@@ -136,3 +151,97 @@ class RandomBeside(_Beside):
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
         config = RandomConfig(target="block", layers="all", keep=max(keep, 1e-6), seed=bench.settings.seed)
         return [Part(lambda: attached(bench.model, config))]
+
+
+@dataclass(frozen=True)
+class BestStatic(_Beside):
+    """One route for every input: of those that the search kept, the one that is right for the most of its prompts
+    (`search.replay.best_static`). Saved like any other static route."""
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        super().ready(bench, name)
+        if not questions_of(read_routes(bench, self.of), bench.tokenizer):
+            raise DataError(
+                f"{routes_file(bench, self.of)} has no multiple-choice prompts, on which {name} compares routes: leave "
+                "the method out with --methods."
+            )
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        folder = self._folder(bench, name)
+        return [Part(lambda: loaded(bench.model, folder, None))]
+
+    def _folder(self, bench: Workbench, name: str) -> Path:
+        folder = bench.out / ROUTERS / name
+        settings = plain({"best static": {key: self.row.settings(bench, self.of)["tuning"][key] for key in OF_ROUTES}})
+        if bench.is_made(name, settings):
+            return folder
+        started = time.monotonic()
+        counts, accuracy, dense = best_static(
+            bench.model,
+            bench.tokenizer,
+            read_routes(bench, self.of),
+            bench.settings.seed,
+            lambda done, total: bench.tell(f"{name}: routes tried on {done} of {total} prompts"),
+        )
+        attach(bench.model, static_route(counts))
+        try:
+            result = {"seconds": time.monotonic() - started, "accuracy": accuracy, "accuracy_dense": dense}
+            routing_of(bench.model).provenance = {"frontier": settings, "result": result}
+            sign(bench.model, folder, bench.settings.model, bench.settings.seed)
+        finally:
+            detach(bench.model)
+        return folder
+
+
+OF_ROUTES = ("data", "seed", "model")
+"""Settings of a searched row that its best static route depends on."""
+
+
+def static_route(counts: Sequence[int]) -> StaticConfig:
+    """How often each layer runs, as a method."""
+    return StaticConfig(
+        target="block",
+        layers="all",
+        skip=tuple(layer for layer, count in enumerate(counts) if count == 0),
+        repeat=tuple(layer for layer, count in enumerate(counts) if count == 2),
+    )
+
+
+@dataclass(frozen=True)
+class Oracle(Maker):
+    """Every prompt of the file under the best route that the search kept for it, everything else dense: an upper bound
+    for routers, which do not know the answers. The file is of routes searched on the rows that are scored."""
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        return (None,)
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {"routes": source_facts(routes_file(bench, name))}
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        read_routes(bench, name)
+        with attached(bench.model, static_route((1,) * bench.n_layers)):
+            pass  # the probe refuses what this model cannot do
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        file, dense = read_routes(bench, name), (1,) * bench.n_layers
+        best = {
+            tuple(bench.tokenizer.encode(prompt.prompt.rstrip())): prompt.routes[0].counts if prompt.routes else dense
+            for prompt in file.prompts
+        }
+
+        def scored(model: PreTrainedModel) -> dict[str, Any]:
+            sites = routing_of(model).sites
+            routes: dict[Prompt, Route] = {
+                prompt: {site: counts[site.layer] for site in sites} for prompt, counts in best.items()
+            }
+            with giving(model, routes, dict.fromkeys(sites, 1)) as given:
+                found = measured(model, bench.tokenizer, bench.settings, bench.tell, prompts=False)
+            if not given:
+                raise DataError(
+                    f"none of the {len(best)} prompts of {routes_file(bench, name)} is scored: search routes on the "
+                    "rows of --tasks, or leave the method out with --methods."
+                )
+            return {**found, "given": {"prompts": len(given)}}
+
+        return [Part(lambda: attached(bench.model, static_route(dense)), scored=scored)]

@@ -1,38 +1,28 @@
 """Routes of other inputs: what a tuned row's routers chose for each input, given to others of the same text or task.
 
 Keep ratios stay as they are; what is lost is what the choice was worth. Where nothing is lost, routing does not follow
-the content. Inputs are windows of a text and contexts of a task, told apart by their prompts: the tokens that may
-decide a route.
+the content. Inputs are windows of a text and contexts of a task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from dynadepth.evaluation import evaluate
+from dynadepth.frontier.given import Prompt, Route, giving, watching
 from dynadepth.frontier.makers import Budget, Maker, Part, Tuned, loaded
 from dynadepth.frontier.scoring import Tell, measured
 from dynadepth.frontier.searched import Searched
 from dynadepth.frontier.settings import Settings
 from dynadepth.frontier.workbench import Workbench
-from dynadepth.model import fixed_routes
 from dynadepth.routed import routing_of
-from dynadepth.routing.cache import RoutedCache
-from dynadepth.routing.context import Injection, is_disabled
-from dynadepth.routing.decision import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Prompt = tuple[int, ...]
-Route = dict[Site, int]
 
 
 @dataclass(frozen=True)
@@ -90,54 +80,3 @@ def deranged(routes: Mapping[Prompt, Route], seed: int) -> dict[Prompt, Route]:
     order = list(routes)
     Random(seed).shuffle(order)
     return {prompt: routes[other] for prompt, other in zip(order, order[1:] + order[:1], strict=True)}
-
-
-@contextmanager
-def watching(model: nn.Module) -> Iterator[dict[Prompt, Route]]:
-    """The route of every prompt that decides one inside the block, in their order."""
-    seen: dict[Prompt, Route] = {}
-
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        trace = getattr(outputs, "depth_trace", None)  # none of a dense forward
-        if trace is None or trace.fresh is None:
-            return
-        for row, prompt in enumerate(_prompts(kwargs)):
-            if trace.fresh[row]:
-                seen[prompt] = {site: route[row] for site, route in trace.routes.items()}
-
-    handle = model.register_forward_hook(after, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def giving(model: nn.Module, routes: Mapping[Prompt, Route]) -> Iterator[None]:
-    """Inside the block every prompt takes the route that `routes` gives it; it must give one to each."""
-    routing = routing_of(model)
-    decisions: dict[Site, Injection] = dict.fromkeys(routing.sites, True)
-
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if is_disabled(routing) or (isinstance(cache, RoutedCache) and cache.book.complete):
-            return  # dense, or a continuation, whose route sticks
-        rows = [routes[prompt] for prompt in _prompts(kwargs)]
-        decisions.update({site: [route[site] for route in rows] for site in decisions})
-
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with fixed_routes(model, decisions):
-            yield
-    finally:
-        handle.remove()
-
-
-def _prompts(inputs: Mapping[str, Any]) -> list[Prompt]:
-    """The tokens of each row that may decide its route."""
-    ids = inputs["input_ids"]
-    masks = [inputs[name].bool() for name in ("attention_mask", "prompt_mask") if inputs.get(name) is not None]
-    if not masks:
-        return [tuple(row) for row in ids.tolist()]
-    mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-    return [tuple(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]

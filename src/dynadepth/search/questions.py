@@ -23,6 +23,7 @@ from dynadepth.evaluation.files import Row as Line
 from dynadepth.evaluation.files import read_rows
 from dynadepth.evaluation.files import stem as source_of
 from dynadepth.evaluation.formats import FORMATS, Format, format_of
+from dynadepth.route_file import PromptRoutes
 from dynadepth.search.rows import Row
 
 if TYPE_CHECKING:
@@ -148,25 +149,18 @@ def _read(
 ) -> Question:
     prompt = str(format_.text(row))
     common: dict[str, Any] = {"id": str(row.get("id", number)), "source": source, "prompt": prompt}
-    context = tuple(tokenizer.encode(prompt.rstrip()))
-    space = prompt[len(prompt.rstrip()) :]
-    if not context:
-        raise DataError(f"Row {number + 1} of {path} has no prompt to read.")
-
-    def continued(text: str) -> tuple[int, ...]:
-        """Its tokens behind the prompt, as lm-evaluation-harness cuts them; blanks at the prompt's end are its."""
-        return tuple(tokenizer.encode(prompt.rstrip() + space + text)[len(context) :])
-
     if format_.choices is not None:
         options = tuple(" " + choice for choice in format_.choices(row))
         gold = int(format_.target(row))
-        continuations = tuple(map(continued, options))
+        context, continuations = _tokens(prompt, options, tokenizer)
         completion, results = options[gold], tuple[int, ...]()
     else:
         options, gold = None, None
         completion, spans = _short_answer(row, format_)
-        continuations = (continued(completion),)
-        results = _covering(prompt.rstrip() + space, completion, spans, len(context), tokenizer)
+        context, continuations = _tokens(prompt, [completion], tokenizer)
+        results = _covering(prompt, completion, spans, len(context), tokenizer)
+    if not context:
+        raise DataError(f"Row {number + 1} of {path} has no prompt to read.")
     if not all(continuations) or (options is None and not results):
         raise DataError(f"Row {number + 1} of {path} has an answer that is no token of this model.")
     return Question(
@@ -178,6 +172,31 @@ def _read(
         continuations=continuations,
         results=results,
     )
+
+
+def multiple_choice(prompt: PromptRoutes, tokenizer: PreTrainedTokenizerBase) -> Question:
+    """The question of a prompt of a file of routes; it has options."""
+    assert prompt.options is not None, "a short answer"
+    context, continuations = _tokens(prompt.prompt, prompt.options, tokenizer)
+    return Question(
+        id=prompt.id,
+        source=prompt.source,
+        prompt=prompt.prompt,
+        options=prompt.options,
+        gold=prompt.gold,
+        completion=prompt.completion,
+        context=context,
+        continuations=continuations,
+    )
+
+
+def _tokens(
+    prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Of the prompt, and of each text behind it, as lm-evaluation-harness cuts them; blanks at the prompt's end are the
+    texts'."""
+    context = tuple(tokenizer.encode(prompt.rstrip()))
+    return context, tuple(tuple(tokenizer.encode(prompt + text)[len(context) :]) for text in texts)
 
 
 def _short_answer(row: Line, format_: Format) -> tuple[str, list[tuple[int, int]]]:
