@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,3 +45,25 @@ def transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Transfers]:
         for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, patched(name))
         yield counted
+
+
+@contextmanager
+def host_transfers() -> Iterator[list[str]]:
+    """What the package's own code asks of a tensor's values on the host: one entry a question, with the line that
+    asked."""
+    asked: list[str] = []
+    names = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(torch.Tensor, name, _noting(name, getattr(torch.Tensor, name), asked))
+        yield asked
+
+
+def _noting(name: str, method: Any, asked: list[str]) -> Any:
+    def noted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        if frame.f_globals["__name__"].startswith("dynadepth"):
+            asked.append(f"{name} in {frame.f_globals['__name__']}:{frame.f_lineno}")
+        return method(self, *args, **kwargs)
+
+    return noted

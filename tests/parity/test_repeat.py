@@ -21,9 +21,10 @@ from dynadepth.benchmark.memory import cache_bytes
 from dynadepth.errors import ConfigError
 from dynadepth.methods.drllm import DrLLMConfig
 from dynadepth.routing.cache import RoutedCache
+from transfers import host_transfers
 
 from .matrix import BATCH, LAYER_RANGE, TOKENS, assert_same, in_chunks, inputs
-from .models import FAMILIES, tiny
+from .models import FAMILIES, VOCABULARY, tiny
 from .oracle import layers_of
 
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
@@ -164,6 +165,81 @@ def test_tokens_taken_back(name: str) -> None:
             assert model(input_ids=ids, attention_mask=mask, past_key_values=cache).past_key_values is cache
         assert type(cache) is DynamicCache
         assert len(cache.layers) == len(LAYER_RANGE)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["masked", "sparse"])
+@NAMES
+def test_the_future_changes_nothing(name: str, training: bool) -> None:
+    """Neither of the routes, which the prompt decides, nor of any pass at tokens before it."""
+    batch, prompt = inputs(), 6
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = ids.masked_fill(torch.arange(TOKENS) < prompt, -100)
+    model = routed(name).train(training)
+    with torch.no_grad():
+        before = model(**batch, labels=labels)
+        assert {int(count) for count in torch.cat(_routes(before))} == {0, 1, 2}
+        for changed in range(prompt, TOKENS):
+            other = ids.clone()
+            other[:, changed:] = (other[:, changed:] + 11) % (VOCABULARY - 1) + 1
+            after = model(input_ids=other, attention_mask=mask, labels=labels)
+            assert_same(after.logits[:, :changed], before.logits[:, :changed], mask[:, :changed].bool(), atol=1e-5)
+            assert (after.logits[:, changed] - before.logits[:, changed]).abs().max() > 0.1
+            assert torch.equal(torch.stack(_routes(after)), torch.stack(_routes(before)))
+
+
+def _routes(outputs: Any) -> list[Tensor]:
+    """How often each layer executes, by row."""
+    decisions = outputs.depth_trace.decisions.values()
+    return [one.execute.long() if one.repeat is None else one.execute.long() + one.repeat.long() for one in decisions]
+
+
+@SIDES
+@NAMES
+def test_prompts_of_one_token(name: str, side: str) -> None:
+    """Fewer tokens than windows, in a batch beside longer prompts."""
+    model, batch = routed(name), inputs(side)
+    first = batch["attention_mask"][0].nonzero().flatten()
+    batch["attention_mask"][0, first[:-1] if side == "left" else first[1:]] = 0
+    with torch.no_grad():
+        together = model(**batch)
+        for row in range(BATCH):
+            real = batch["attention_mask"][row].bool()
+            alone = model(**{key: value[row, real].unsqueeze(0) for key, value in batch.items()})
+            assert_same(alone.logits[0], together.logits[row, real], atol=1e-4)
+            assert [int(r[0]) for r in _routes(alone)] == [int(r[row]) for r in _routes(together)]
+    assert batch["attention_mask"][0].sum() == 1
+
+
+@FEW
+def test_a_continued_chat(name: str) -> None:
+    """A second turn on the cache of the first: the route stays, and the logits are those of one forward under it."""
+    model, batch = routed(name), inputs()
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    first = model.generate(**batch, **options)
+    routes = {site: list(route) for site, route in first.past_key_values.routes.items()}
+    assert {count for route in routes.values() for count in route} == {0, 1, 2}
+    turn = torch.cat([first.sequences, batch["input_ids"][:, :3]], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(BATCH, NEW + 3, dtype=torch.long)], 1)
+    again = model.generate(
+        input_ids=turn, attention_mask=mask, past_key_values=first.past_key_values, output_logits=True, **options
+    )
+    assert again.past_key_values.routes == routes
+    whole = torch.cat([mask, torch.ones(BATCH, NEW, dtype=torch.long)], 1)
+    with torch.no_grad(), dynadepth.fixed_routes(model, {s: torch.tensor(r) for s, r in routes.items()}):
+        wanted = model(input_ids=again.sequences, attention_mask=whole).logits[:, turn.shape[1] - 1 : -1]
+    assert_same(torch.stack(again.logits, 1), wanted, atol=1e-4)
+
+
+@NAMES
+def test_host_transfers(name: str) -> None:
+    """One question a site where rows differ, none once the route is known."""
+    model, batch, last = routed(name), inputs(), TOKENS - 1
+    with torch.no_grad(), host_transfers() as asked:
+        cache = model(batch["input_ids"][:, :last], attention_mask=batch["attention_mask"][:, :last]).past_key_values
+        assert 1 <= len(asked) <= len(LAYER_RANGE), asked
+        asked.clear()
+        model(batch["input_ids"][:, last:], attention_mask=batch["attention_mask"], past_key_values=cache)
+        assert not asked, asked
 
 
 @FEW

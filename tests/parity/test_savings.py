@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ import dynadepth
 from dynadepth.architectures import spec_for
 from dynadepth.architectures.probe import alone_read
 from dynadepth.routing.sublayer import EntryNorm
+from transfers import host_transfers
 
 from .matrix import BATCH, ONCE, SHORT, TOKENS, Cell, in_chunks, inputs, over, routed
 from .models import FAMILIES, LAYERS, tiny
@@ -139,28 +139,6 @@ def test_a_prefill_stores_its_keys_as_the_base_does_and_nothing_larger(name: str
             assert torch.equal(states, getattr(wanted, part))
             if not found.is_sliding:  # those are the base class's own affair
                 assert states.untyped_storage().nbytes() == states.nbytes
-
-
-@contextmanager
-def host_transfers() -> Iterator[list[str]]:
-    """What the package's own code asks of a tensor's values on the host: one entry a question, with the line that
-    asked."""
-    asked: list[str] = []
-    names = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(torch.Tensor, name, _noting(name, getattr(torch.Tensor, name), asked))
-        yield asked
-
-
-def _noting(name: str, method: Any, asked: list[str]) -> Any:
-    def noted(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if frame.f_globals["__name__"].startswith("dynadepth"):
-            asked.append(f"{name} in {frame.f_globals['__name__']}:{frame.f_lineno}")
-        return method(self, *args, **kwargs)
-
-    return noted
 
 
 @over(SHORT)
