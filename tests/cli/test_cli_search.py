@@ -42,6 +42,21 @@ def test_nothing_kept_is_said(run, model_folder, data, tmp_path):
     assert "no route was kept for any prompt" in result.stderr
 
 
+def test_prompts_longer_than_the_context(answered, refused, model_folder, tmp_path):
+    long = {"id": "long", "query": "why " * 9000, "choices": ["blue", "sky"], "gold": 0}
+    mixed, alone = tmp_path / "arc_mixed.jsonl", tmp_path / "arc_long.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], long)))
+    alone.write_text(json.dumps(long) + "\n")
+    words = ["search", model_folder, "--simulations", 3, "--out"]
+    document, result = answered(*words, tmp_path / "mixed.jsonl", "--data", mixed)
+    assert document["all"]["prompts"] == 1
+    assert "warning: 1 of 2 prompts of " in result.stderr
+    assert "(the first is long, " in " ".join(result.stderr.split())
+    said = refused(*words, tmp_path / "alone.jsonl", "--data", alone)
+    assert "there is no prompt to search routes for" in said
+    assert not (tmp_path / "alone.jsonl").exists()
+
+
 def test_bad_input(refused, model_folder, data, tmp_path):
     out = tmp_path / "routes.jsonl.gz"
 

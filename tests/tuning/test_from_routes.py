@@ -124,6 +124,23 @@ def test_tuning_stops_where_nothing_gets_better(run, tmp_path):
     assert (result.epochs, result.best_epoch) == (3, 1)
 
 
+def test_the_learning_rate_rises_over_the_warm_up_and_stays(tmp_path, monkeypatch):
+    """36 examples in batches of 8: 5 steps an epoch. A warm-up longer than half of all steps is cut to that."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    path = write(tmp_path / "routes.jsonl", tiny(), [prompt(n) for n in range(60)])
+    for warmup, last in ((4, 4), (500, 5)):
+        rates.clear()
+        recipe = dataclasses.replace(RECIPE, epochs=2, warmup_steps=warmup, learning_rate=0.01)
+        tune_from_routes(tiny(), Tokenizer(), path, recipe, out=tmp_path / f"{warmup}")
+        assert rates == pytest.approx([0.01 * min(1, (n + 1) / last) for n in range(10)])
+
+
 def test_routers_are_shown_what_they_see_where_the_layers_below_follow_the_route():
     model = attach(tiny(), DrLLMConfig(hidden=4, windows=3))
     examples = [RouteExample(list(range(2, 9)), (2, 0, 1, 1)), RouteExample(list(range(20, 24)), (1, 1, 2, 0))]
