@@ -13,9 +13,11 @@ from dynadepth.route_file import (
     Header,
     PromptRoutes,
     Route,
+    RouteFile,
     RouteWriter,
     read,
     recover,
+    write_header,
 )
 
 IDENTITY = {
@@ -140,9 +142,29 @@ def test_another_model_or_depth_is_refused(path, key, value, message):
 
 def test_a_newer_format_is_refused(path):
     header, *rest = lines(write(path, prompt(0)))
-    rewrite(path, [json.dumps({**json.loads(header), "format": 2}), *rest])
-    with pytest.raises(DataError, match=r"format 2, this version reads up to 1: upgrade"):
+    rewrite(path, [json.dumps({**json.loads(header), "format": 3}), *rest])
+    with pytest.raises(DataError, match=r"format 3, this version reads up to 2: upgrade"):
         read(path)
+
+
+def test_an_older_format_is_refused(path):
+    header, *rest = lines(write(path, prompt(0)))
+    rewrite(path, [json.dumps({**json.loads(header), "format": 1}), *rest])
+    with pytest.raises(DataError, match=r"format 1, of an older version, .*: search again into another file"):
+        read(path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["members", "one member"])
+def test_a_new_header_leaves_the_prompts(path, packed):
+    write(path, prompt(0), prompt(1))
+    if packed:
+        rewrite(path, lines(path))
+    header = replace(HEADER, search={"simulations": 50, "data": {"arc": "0123"}})
+    write_header(path, header)
+    assert read(path) == RouteFile(header, [prompt(0), prompt(1)])
+    with RouteWriter(path) as writer:
+        writer.append([prompt(2)])
+    assert recover(path).prompts == [prompt(0), prompt(1), prompt(2)]
 
 
 @pytest.mark.parametrize(

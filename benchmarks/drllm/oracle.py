@@ -29,12 +29,9 @@ from dynadepth.routed import routing_of
 from dynadepth.search.answers import replies
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
-from dynadepth.search.replay import right
+from dynadepth.search.replay import CANDIDATES, right
 from dynadepth.search.tree import TreeSettings
 from dynadepth.statistics import paired_bootstrap
-
-CANDIDATES = 24
-"""Static routes that are tried."""
 
 
 def random_like(counts, draw):

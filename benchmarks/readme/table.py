@@ -11,7 +11,7 @@ def speed() -> str:
     for cell in json.loads((HERE / "bench.json").read_text())["cells"]:
         if cell["variant"] == "routed":
             efficiency = cell["skip_efficiency"]
-            share = cell["kv_bytes_routed"] / cell["kv_bytes_dense"]
+            share = (cell["kv_bytes_routed"] + (cell.get("state_bytes_routed") or 0)) / cell["kv_bytes_dense"]
             shown = "–" if efficiency is None else f"{efficiency:.2f}"
             speedup = f"{cell['speedup']:.2f}× (spread {100 * cell['spread']:.0f} %)"
             lines.append(f"| {cell['phase']} | {cell['context']:,} | {speedup} | {shown} | {100 * share:.0f} % |")

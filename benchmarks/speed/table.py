@@ -64,7 +64,8 @@ def memory(cells: list[dict]) -> list[str]:
                 shown.append("–")
                 continue
             share = f"{cell['peak_bytes'][name] / peak:.0%}" if peak else "–"
-            shown.append(f"{share}, {cell['kv_bytes_routed'] / kept:.0%}")
+            held = cell["kv_bytes_routed"] + (cell.get("state_bytes_routed") or 0)
+            shown.append(f"{share}, {held / kept:.0%}")
         size = f"{peak / 2**20:,.0f}" if peak else "–"
         lines.append(f"| {point[0]} × {point[1]:,} | {size}, {kept / 2**20:,.0f} | " + " | ".join(shown) + " |")
     return lines

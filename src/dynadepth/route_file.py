@@ -21,7 +21,7 @@ from typing import IO, Any
 from dynadepth.adapter import atomically
 from dynadepth.errors import DataError, check_file
 
-FORMAT = 1
+FORMAT = 2
 KIND = "dynadepth-routes"
 PIECE = 1 << 14
 """Bytes unpacked at once."""
@@ -185,7 +185,7 @@ class RouteWriter:
         if self._file is None:
             raise AssertionError("a RouteWriter writes inside its `with` block")
         try:
-            self._file.write(_packed(self.path, document))
+            self._file.write(_packed(self.path, _line(document)))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -197,8 +197,9 @@ class RouteWriter:
 def write_header(path: Path, header: Header) -> None:
     """Replaces the first line of a whole file, and nothing else of it; all or nothing."""
     data = path.read_bytes()
-    end = next(_members(data))[1] if path.name.endswith(".gz") else data.index(b"\n") + 1
-    blob = _packed(path, _document(header)) + data[end:]
+    first, end = next(_members(data)) if path.name.endswith(".gz") else (data, len(data))
+    _, rest = first.split(b"\n", 1)  # others may have packed several lines into one member
+    blob = _packed(path, _line(_document(header)) + rest) + data[end:]
     try:
         atomically(path, lambda temporary: temporary.write_bytes(blob))
     except OSError as error:
@@ -211,10 +212,13 @@ def _document(header: Header) -> dict[str, Any]:
     return {"format": FORMAT, "kind": KIND, **asdict(header)}
 
 
-def _packed(path: Path, document: dict[str, Any]) -> bytes:
-    """A line, a gzip member of its own where the file is zipped."""
-    data = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    return gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data
+def _line(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _packed(path: Path, lines: bytes) -> bytes:
+    """A gzip member of their own where the file is zipped."""
+    return gzip.compress(lines, mtime=0) if path.name.endswith(".gz") else lines
 
 
 def _plain(routes: Iterable[Route]) -> list[dict[str, Any]]:
@@ -316,6 +320,11 @@ def _header(line: str, path: str | Path) -> Header:
             raise DataError(
                 f"{path} has format {data['format']}, this version reads up to {FORMAT}: upgrade with "
                 "pip install -U dynadepth."
+            )
+        if data["format"] < FORMAT:
+            raise DataError(
+                f"{path} has format {data['format']}, of an older version, and does not hold what this one keeps of a "
+                "search: search again into another file."
             )
         header = Header(data["model"], data["n_layers"], data["search"], data["provenance"])
         if type(header.n_layers) is not int or header.n_layers < 1 or not isinstance(header.model, dict):

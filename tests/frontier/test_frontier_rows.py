@@ -23,6 +23,7 @@ from dynadepth.removal import Damage
 from dynadepth.report.frontier_figures import write_figures
 from dynadepth.report.frontier_page import render
 from dynadepth.report.frontier_table import compared
+from dynadepth.route_file import RouteWriter
 from dynadepth.routing.decision import Site
 from dynadepth.search import search_files
 from dynadepth.search.searcher import SearchSettings
@@ -411,6 +412,8 @@ class TestSearchedRoutes:
         tasks.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         search = SearchSettings(TreeSettings(simulations=6), margin=0.0)
         prompts = search_files(*opened, [tasks], file, search).file.prompts
+        with RouteWriter(file) as writer:  # a prompt that is no row of the task
+            writer.append([replace(prompts[0], id="other", prompt="Question: why\nAnswer:")])
         right = sum(prompt.dense.correct or bool(prompt.routes) for prompt in prompts)
         dense = sum(prompt.dense.correct for prompt in prompts)
         assert dense < right < 6, "this test needs a prompt that a route corrects, and one that none does"
@@ -420,7 +423,8 @@ class TestSearchedRoutes:
         assert not is_attached(opened[0])
         assert cell["tasks"]["tasks"]["words"]["acc"] == pytest.approx(right / 6)
         assert found.cells["dense"][1.0]["tasks"]["tasks"]["words"]["acc"] == pytest.approx(dense / 6)
-        assert cell["given"]["prompts"] == 6
+        assert cell["given"] == {"prompts": 6, "of": 7}
+        assert "oracle: 6 of 7 searched prompts were scored." in compared(found)
         assert cell["text"]["kl"] == pytest.approx(0, abs=1e-6), "texts have no routes"
         best = [prompt.routes[0].layers if prompt.routes else 4 for prompt in prompts]
         assert cell["tasks"]["depth"] == pytest.approx(sum(best) / 6)
@@ -429,8 +433,13 @@ class TestSearchedRoutes:
     def test_an_oracle_of_other_prompts_is_refused(self, opened, settings, model_folder, tmp_path):
         file = save_routes(tmp_path / "routes.jsonl", model_folder)
         with pytest.raises(DataError, match=r"none of the 12 prompts of .* is scored: search routes on the rows of"):
-            run_frontier(*opened, settings("oracle", data_of={"oracle": str(file)}), tmp_path / "out")
+            run_frontier(*opened, settings("oracle", tasks=("alpha",), data_of={"oracle": str(file)}), tmp_path / "out")
         assert not is_attached(opened[0])
+        with pytest.raises(DataError, match="oracle is scored on tasks: name those whose rows were searched"):
+            run_frontier(*opened, settings("oracle", data_of={"oracle": str(file)}), tmp_path / "none")
+        thrice = save_routes(tmp_path / "thrice.jsonl", model_folder, counts=(1, 3, 1, 1))
+        with pytest.raises(DataError, match=r"routes that execute a layer 3 times, .*: search with --repeats 1"):
+            run_frontier(*opened, settings("drllm", data_of={"drllm": str(thrice)}), tmp_path / "thrice")
 
 
 def test_the_default_recipe_by_token(opened, settings, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from dynadepth import hub, route_file
 from dynadepth.errors import ConfigError, DataError, SearchError
 from dynadepth.search import pool, search_files
+from dynadepth.search import run as search_run
 from dynadepth.search.figures import figures_of, summarise
 from dynadepth.search.run import header_for
 from dynadepth.search.searcher import SearchSettings
@@ -154,15 +155,18 @@ def test_workers_and_one_that_dies(model_folder, arc, tmp_path, whole, monkeypat
 
 
 @pytest.mark.slow
-def test_a_group_that_no_worker_survives_is_left_out(model_folder, arc, tmp_path, whole):
-    """One that raises; the others are searched, and --resume gets it done."""
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+def test_a_group_that_no_worker_survives_is_left_out(model_folder, arc, tmp_path, whole, first, monkeypatch):
+    """One that raises, wherever it stands; the others are searched, and --resume gets it done."""
+    workers, ordered = 2, search_run.grouped
+    monkeypatch.setattr(search_run, "grouped", lambda *a: sorted(ordered(*a), key=len, reverse=not first))
     out, said = tmp_path / "left.jsonl.gz", []
     failing = functools.partial(load_and_fail_at_rows, model_folder, 4)
-    run(model_folder, [arc(20)], out, workers=2, load=failing, warn=said.append)
+    assert run(model_folder, [arc(20)], out, workers=workers, load=failing, warn=said.append).left_out == 4
     assert len(said) == pool.MOST_DEATHS
     assert "a worker died (RuntimeError: no memory for 4 rows) at the 4 prompts from " in said[0]
     assert said[0].endswith("; they are searched again.")
-    assert "They are left out after 3 times: --resume and fewer --workers than 2 may get them done." in said[-1]
+    assert f"They are left out after 3 times: --resume and fewer --workers than {workers} may" in said[-1]
     assert len(route_file.read(out).prompts) == 16
     assert run(model_folder, [arc(20)], out, resume=True).new == 4
     same(sorted_prompts(out), whole)
@@ -175,7 +179,11 @@ def test_other_data_joins_a_file(model_folder, arc, tmp_path, name):
     first, second = arc(6), arc(5, "openbookqa_tiny.jsonl")
     run(model_folder, [first], out)
     before = route_file.read(out)
-    assert run(model_folder, [first, second], out, resume=True).new == 5
+    said = []
+    assert run(model_folder, [first, second], out, resume=True, warn=said.append).new == 5
+    assert [line for line in said if "join" in line] == [
+        f"{out} has no prompts of openbookqa_tiny yet: they join those of arc_tiny."
+    ]
     run(model_folder, [first, second], both)
     found, at_once = route_file.read(out), route_file.read(both)
     assert found.prompts[:6] == before.prompts
@@ -196,7 +204,7 @@ def test_what_a_file_is_not_mixed_with(model_folder, arc, tmp_path):
     with pytest.raises(ConfigError, match=r"was begun with simulations = 12, not 13"):
         run(model_folder, [data], out, other, resume=True)
     data.write_text(data.read_text().replace("sky", "blue"))
-    with pytest.raises(ConfigError, match=r"was begun with data"):
+    with pytest.raises(ConfigError, match=r"was begun with another file arc_tiny \(digest \w+, now \w+\)"):
         run(model_folder, [data], out, resume=True)
     deeper = str(save_model(tmp_path / "deep", num_hidden_layers=5))
     with pytest.raises(DataError, match=r"they have 4 layers and the model has 5"):

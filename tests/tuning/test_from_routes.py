@@ -245,6 +245,6 @@ def test_more_examples_than_the_memory_holds(run, monkeypatch):
     examples = [RouteExample([5, 11], (1, 1, 1, 1))] * 3
     size = shown(model, examples, 0).nbytes
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name])
-    with pytest.raises(TuningError, match=r"of 3 examples takes .*: learn from 2 at most"):
+    with pytest.raises(TuningError, match=r"of 3 routes takes .*, enough for 2: give fewer prompts"):
         shown(model, examples, 0)
     assert len(shown(model, examples[:2], 0)) == 2

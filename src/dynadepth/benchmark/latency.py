@@ -264,7 +264,7 @@ def _cell(model: PreTrainedModel, work: Work, name: str, phase: str, samples: Ma
         "kv_bytes_dense": samples["dense"].kv_bytes[after],
         "kv_bytes_routed": None if name == "dense" else samples[name].kv_bytes[after],
         "state_bytes_routed": None if name == "dense" else samples[name].state_bytes,
-        "reserved_bytes_routed": None if name == "dense" else samples[name].reserved_bytes,
+        "reserved_bytes_routed": None if name == "dense" or phase == "prefill" else samples[name].reserved_bytes,
         "new_tokens": work.new_tokens,
         "beyond_positions": _is_beyond(model, work),
         "tokens_per_s": {n: _tokens(work, phase) / median(values) for n, values in times.items()},

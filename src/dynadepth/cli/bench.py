@@ -140,7 +140,7 @@ def show(cells: list[dict[str, Any]]) -> None:
     of_time = ("dense", "routed", "pruned", "spread", "speed-up", "ideal", "efficiency")
     times = table(f"Milliseconds, median, by batch × context ({cells[0]['dtype']})", *keys, *of_time)
     of_size = ("dense tokens/s", "tokens/s", "dense KV", "KV", "dense peak", "peak")
-    rates = table("Tokens a second; MiB of keys, values and skip paths' states, and at the peak", *keys, *of_size)
+    rates = table("Tokens a second; keys, values and skip paths' states; MiB at the peak of a prefill", *keys, *of_size)
     for cell in cells:
         name = cell["variant"]
         place = (name, f"{cell['batch']}×{cell['context']}", cell["phase"])

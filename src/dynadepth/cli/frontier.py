@@ -53,8 +53,8 @@ def frontier(
         typer.Option(
             "--data",
             metavar="SOURCE|METHOD=SOURCE",
-            help="Tuning data, of all methods or of one: FILE, NAME or self; of drllm searched routes. (default: the "
-            "recipe's; without routes, drllm is left out)",
+            help="Tuning data, of all methods or of one: FILE, NAME or self; of drllm and oracle searched routes. "
+            "(default: the recipe's; without routes, these are left out)",
         ),
     ] = None,
     max_samples: Annotated[

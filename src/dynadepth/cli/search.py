@@ -130,12 +130,20 @@ def search(
         results = {
             **summarise(found.file),
             "new_prompts": found.new,
+            "left_out": found.left_out,
             "seconds": found.seconds,
             "prompts_per_minute": found.prompts_per_minute,
             "search": found.file.header.search,
             "provenance": provenance,
         }
         show(results)
+        if found.left_out:
+            say(
+                f"{found.left_out} prompts were left out, since every worker died at them: the same command with "
+                "--resume tries them again.",
+                "yellow",
+                "warning: ",
+            )
         if not results["all"]["routes"]:
             say("no route was kept for any prompt: ask for less --margin or more --budget.", "yellow", "warning: ")
         say(f"wrote {out_file}")

@@ -103,7 +103,7 @@ ROWS = (
         "the routers of drllm, every input under the route that they chose for another one",
         Shuffled("drllm", DRLLM),
     ),
-    Row("oracle", "every prompt under the best route that a search found for it: knows the answers", Oracle()),
+    Row("oracle", "every searched prompt under the first route kept for it, others dense: knows the answers", Oracle()),
 )
 """In the order of the table."""
 

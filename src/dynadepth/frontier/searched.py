@@ -8,6 +8,7 @@ no budget sets, so that each has one cell.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from dynadepth.route_file import RouteFile, read
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
-from dynadepth.search.replay import best_static, questions_of
+from dynadepth.search.replay import best_static
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
 
@@ -51,8 +52,16 @@ def routes_file(bench: Workbench, name: str) -> str:
 
 
 def read_routes(bench: Workbench, name: str) -> RouteFile:
-    """What it holds; it must be this model's."""
-    return read(routes_file(bench, name), adapter.identity(bench.model, decoder_layers(bench.model)))
+    """What it holds; it must be this model's, and its routes repeat a layer once at most."""
+    path = routes_file(bench, name)
+    file = read(path, adapter.identity(bench.model, decoder_layers(bench.model)))
+    most = max((count for prompt in file.prompts for route in prompt.routes for count in route.counts), default=0)
+    if most > 2:
+        raise DataError(
+            f"{path} has routes that execute a layer {most} times, and a routed model repeats it once at most: search "
+            "with --repeats 1."
+        )
+    return file
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class BestStatic(_Beside):
 
     def ready(self, bench: Workbench, name: str) -> None:
         super().ready(bench, name)
-        if not questions_of(read_routes(bench, self.of), bench.tokenizer):
+        if all(prompt.options is None for prompt in read_routes(bench, self.of).prompts):
             raise DataError(
                 f"{routes_file(bench, self.of)} has no multiple-choice prompts, on which {name} compares routes: leave "
                 "the method out with --methods."
@@ -209,8 +218,9 @@ def static_route(counts: Sequence[int]) -> StaticConfig:
 
 @dataclass(frozen=True)
 class Oracle(Maker):
-    """Every prompt of the file under the best route that the search kept for it, everything else dense: an upper bound
-    for routers, which do not know the answers. The file is of routes searched on the rows that are scored."""
+    """Every prompt of the file under the first route that the search kept for it, everything else dense: what routers
+    could reach that choose among these routes and know the answers. The file is of routes searched on the rows that are
+    scored. The search judges by `acc`, and short answers token by token; prompts of the same tokens stay dense."""
 
     def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
         return (None,)
@@ -220,14 +230,19 @@ class Oracle(Maker):
 
     def ready(self, bench: Workbench, name: str) -> None:
         read_routes(bench, name)
+        if not bench.settings.tasks:
+            raise DataError(f"{name} is scored on tasks: name those whose rows were searched with --tasks.")
         with attached(bench.model, static_route((1,) * bench.n_layers)):
             pass  # the probe refuses what this model cannot do
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         file, dense = read_routes(bench, name), (1,) * bench.n_layers
+        prompts = [tuple(bench.tokenizer.encode(prompt.prompt.rstrip())) for prompt in file.prompts]
+        times = Counter(prompts)
         best = {
-            tuple(bench.tokenizer.encode(prompt.prompt.rstrip())): prompt.routes[0].counts if prompt.routes else dense
-            for prompt in file.prompts
+            tokens: prompt.routes[0].counts if prompt.routes else dense
+            for tokens, prompt in zip(prompts, file.prompts, strict=True)
+            if times[tokens] == 1
         }
 
         def scored(model: PreTrainedModel) -> dict[str, Any]:
@@ -242,6 +257,6 @@ class Oracle(Maker):
                     f"none of the {len(best)} prompts of {routes_file(bench, name)} is scored: search routes on the "
                     "rows of --tasks, or leave the method out with --methods."
                 )
-            return {**found, "given": {"prompts": len(given)}}
+            return {**found, "given": {"prompts": len(given), "of": len(file.prompts)}}
 
         return [Part(lambda: attached(bench.model, static_route(dense)), scored=scored)]

@@ -179,6 +179,8 @@ def compared(found: Findings) -> list[str]:
     for row in found.methods:
         for budget, cell in found.cells[row["name"]].items():
             beside = cell.get("against") or {}
+            if given := cell.get("given"):
+                said.append(f"{row['name']}: {given['prompts']} of {given['of']} searched prompts were scored.")
             for text, ratio in (beside.get("perplexity") or {}).items():
                 on = f" on {text}" if len(beside["perplexity"]) > 1 else ""
                 sentence = (

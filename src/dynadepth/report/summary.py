@@ -69,9 +69,15 @@ def _speed_rows(results: Mapping[str, Any]) -> list[Row]:
         made.append(Row(where, (texts[0], texts[1], texts[2])))
         if phase == "decode" and first.get("kv_bytes_dense"):
             held = [_bytes(first["kv_bytes_dense"])]
-            held += [_bytes((cells.get(name) or {}).get("kv_bytes_routed")) for name in ("routed", "static")]
+            held += [_bytes(_held(cells.get(name) or {})) for name in ("routed", "static")]
             made.append(Row(f"KV cache at {context:,}", (held[0], held[1], held[2])))
     return made
+
+
+def _held(cell: Mapping[str, Any]) -> int | None:
+    """Keys and values, and what skip paths remember."""
+    held: int | None = cell.get("kv_bytes_routed")
+    return None if held is None else held + (cell.get("state_bytes_routed") or 0)
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:

@@ -11,8 +11,12 @@ from typing import Any
 TOLERANCE = 0.02
 """How far a measured keep ratio may be from its budget."""
 
-WIDER = 32.0
-"""A spacing of the logits so many times as wide as most of those around it is a gap."""
+SLACK = 2 * TOLERANCE / 3
+"""How far a threshold may be moved into a gap between sites that answer alike for every input. With 30 of them a budget
+further from any whole count than this may stay inside a site's bunch: wherever that is cut, the tolerance holds."""
+
+WIDER, AROUND = 32.0, 8
+"""A spacing of the quantiles so many times as wide as most of the `AROUND` before and after it is a gap."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,19 @@ class CalibrationPoint:
         """
         steps = len(self.quantiles) - 1
         place = (1 - min(max(keep, 0.0), 1.0)) * steps
+        near = [at for at in range(steps) if abs(at + 0.5 - place) <= slack * steps and self._is_gap(at)]
+        if near:
+            at = min(near, key=lambda at: (abs(at + 0.5 - place), at))
+            return (self.quantiles[at] + self.quantiles[at + 1]) / 2
         low = min(int(place), steps - 1)
         below, above = self.quantiles[low], self.quantiles[low + 1]
-        near = range(max(0, math.ceil(place - slack * steps)), min(steps, math.floor(place + slack * steps)))
-        spacings = sorted((self.quantiles[at + 1] - self.quantiles[at], at) for at in near)
-        if spacings and spacings[-1][0] > WIDER * spacings[len(spacings) // 2][0]:
-            width, at = spacings[-1]
-            return self.quantiles[at] + width / 2
         return below + (place - low) * (above - below)
+
+    def _is_gap(self, at: int) -> bool:
+        """Is the spacing after this quantile much wider than those around it?"""
+        around = range(max(0, at - AROUND), min(len(self.quantiles) - 1, at + AROUND + 1))
+        widths = sorted(self.quantiles[i + 1] - self.quantiles[i] for i in around)
+        return self.quantiles[at + 1] - self.quantiles[at] > WIDER * widths[len(widths) // 2]
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class Calibration:
     n_sequences: int
 
     def threshold(self, keep: float) -> float:
-        """The threshold (logit space) for a keep ratio of the routed sites within `TOLERANCE`, between the two nearest
-        points by distance."""
+        """The threshold (logit space) for a keep ratio of the routed sites, between the two nearest points by
+        distance."""
         if keep >= 1:
             return -math.inf
         if keep <= 0:
@@ -59,10 +68,10 @@ class Calibration:
         keeps = [point.keep for point in self.points]
         right = bisect_right(keeps, keep)
         if right == 0 or right == len(keeps):
-            return self.points[min(right, len(keeps) - 1)].threshold(keep, TOLERANCE)
+            return self.points[min(right, len(keeps) - 1)].threshold(keep, SLACK)
         low, high = self.points[right - 1], self.points[right]
         share = (keep - low.keep) / (high.keep - low.keep)
-        return (1 - share) * low.threshold(keep, TOLERANCE) + share * high.threshold(keep, TOLERANCE)
+        return (1 - share) * low.threshold(keep, SLACK) + share * high.threshold(keep, SLACK)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; read back by `from_dict`."""

@@ -89,12 +89,13 @@ def replies(runner: LayerRunner, questions: Sequence[Question], asked: Sequence[
 
 
 def with_rivals(runner: LayerRunner, questions: Sequence[Question]) -> list[Question]:
-    """The questions, the short answers among them with a wrong result that the dense model finds as likely as the right
-    one. The runner has taken the questions' rows.
+    """The questions, the short answers among them with a wrong result about as likely as the right one. The runner has
+    taken the questions' rows.
 
     Where a token of the results is the dense model's choice it stays; elsewhere it is replaced by the token of the
-    nearest log-probability, itself not the model's choice: what has to change is as much, and as far off, as on the
-    way to the right results. Where the dense model has them all right there is no rival.
+    nearest log-probability, itself not the model's choice: as many tokens have to change as on the way to the right
+    results, and they are about as far off. (Where the right token is the second likeliest its rival is less likely, by
+    however much: such a control is the harder of the two.) Where the dense model has them all right there is no rival.
     """
     short = [number for number, question in enumerate(questions) if question.options is None]
     found = list(questions)

@@ -60,7 +60,7 @@ class LayerRunner:
         """Layers run for each of the prompts, since they were given."""
 
         self._scorer = Scorer(model, takes_prompt_mask=False)
-        self._tuples = False  # whether a layer's output is the first of several
+        self._tuples = self._gives_tuples()
         self._rows: list[Row] = []
         self._kwargs: list[dict[str, Any]] = []  # by layer, for the positions of all prompts: [P, T, ..]
         self._args: list[tuple[Any, ...]] = []
@@ -224,12 +224,6 @@ class LayerRunner:
         Raises `UnsupportedModelError` where they do not.
         """
         dense = (1,) * len(self.layers)
-        handle = self.layers[0].register_forward_hook(self._note_tuple)
-        try:
-            ids = torch.tensor([row.ids[:1]], device=self.model.device)
-            decoder_of(self.model)(input_ids=ids, use_cache=False)
-        finally:
-            handle.remove()
         self.take([row])
         found_TD = self.finish(self.run([(0, dense)])[0][None]).states_BTD[0]
         branches = torch.tensor(row.branches, device=self.model.device)
@@ -245,5 +239,18 @@ class LayerRunner:
                     f"forward by {error:.2g} of the last hidden state's size."
                 )
 
-    def _note_tuple(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._tuples = isinstance(output, tuple)
+    @torch.no_grad()
+    def _gives_tuples(self) -> bool:
+        """Whether a layer's output is the first of several."""
+        found: list[bool] = []
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
+
+        handle = self.layers[0].register_forward_hook(note)
+        try:
+            ids = torch.ones((1, 1), dtype=torch.long, device=self.model.device)
+            decoder_of(self.model)(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]

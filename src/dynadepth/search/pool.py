@@ -1,7 +1,7 @@
 """Groups of questions searched by several processes; what a process that dies was given is searched again.
 
 A group at which process after process dies is left out, so that one prompt too large for the memory does not keep the
-others from being searched.
+others from being searched; they are searched before it is tried again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Load = Callable[[], Any]
 """Gives the model; is sent to the processes, so it is a function of a module, or a `functools.partial` of one."""
 
 MOST_DEATHS = 3
-"""So many processes may die at one group before it is left out."""
+"""So many processes may die at one group before it is left out, or altogether before any group is finished."""
 
 Group = list[Question]
 
@@ -103,7 +103,7 @@ def in_processes(
                 why = f"exit code {worker.process.exitcode}" if answer is None else answer
                 what = f"a worker died ({why}) at the {len(worker.group)} prompts from {first[1]} on"
                 last = deaths[first] == MOST_DEATHS
-                if last and not finished:
+                if not finished and deaths.total() == MOST_DEATHS:
                     raise SearchError(
                         f"{what}, for the last of {MOST_DEATHS} times: there may be too little memory; go on with "
                         f"--resume and fewer --workers than {workers}."
@@ -112,7 +112,7 @@ def in_processes(
                     left = f"They are left out after {MOST_DEATHS} times: --resume and fewer --workers than {workers}"
                     died(f"{what}. {left} may get them done." if last else f"{what}; they are searched again.")
                 if not last:
-                    waiting.appendleft(worker.group)
+                    waiting.append(worker.group)
                 if waiting:
                     start()
     finally:

@@ -31,6 +31,9 @@ class Found:
     seconds: float
     """What they took, the loading of models included."""
 
+    left_out: int = 0
+    """Prompts at which process after process died."""
+
     @property
     def prompts_per_minute(self) -> float | None:
         """None where nothing was left to search."""
@@ -45,8 +48,9 @@ def header_for(model: Any, settings: SearchSettings, data: dict[str, str], prove
     return Header(identity(model, layers), len(layers), search, provenance)
 
 
-def begin(out: Path, header: Header, resume: bool) -> RouteFile:
-    """The file to be added to: what it holds, or a new one. Data files that it has no prompts of yet join its header.
+def begin(out: Path, header: Header, resume: bool, warn: Say | None = None) -> RouteFile:
+    """The file to be added to: what it holds, or a new one. Data files that it has no prompts of yet join its header,
+    which `warn` is told.
 
     Raises `ConfigError` where there is one and `resume` is not said, or it was begun with other settings or with
     another file of the same name; `DataError` where it belongs to another model or is no such file.
@@ -61,17 +65,25 @@ def begin(out: Path, header: Header, resume: bool) -> RouteFile:
             writer.start(header)
         return RouteFile(header, [])
     found.check_model(out, header.model)
-    data = dict(sorted({**header.search["data"], **found.header.search["data"]}.items()))
-    begun = {**found.header.search, "data": data}
-    wanted = {**header.search, "data": {**data, **header.search["data"]}}
+    begun, wanted = dict(found.header.search), dict(header.search)
+    before, now = begun.pop("data"), wanted.pop("data")
+    for name in sorted({*before} & {*now}):
+        if before[name] != now[name]:
+            raise ConfigError(
+                f"{out} was begun with another file {name} (digest {before[name]}, now {now[name]}): go on with the "
+                "same data (files of other names may join), or give another name."
+            )
     if begun != wanted:
         key = next(key for key in sorted({*begun, *wanted}) if begun.get(key) != wanted.get(key))
         raise ConfigError(
-            f"{out} was begun with {key} = {begun.get(key)!r}, not {wanted.get(key)!r}: go on with the same settings "
-            "and data (other files may join), or give another name."
+            f"{out} was begun with {key} = {begun.get(key)!r}, not {wanted.get(key)!r}: go on with the same settings, "
+            "or give another name."
         )
-    if begun != found.header.search:
-        found = RouteFile(replace(found.header, search=begun), found.prompts)
+    if joining := sorted({*now} - {*before}):
+        if warn is not None:
+            warn(f"{out} has no prompts of {', '.join(joining)} yet: they join those of {', '.join(sorted(before))}.")
+        search = {**found.header.search, "data": dict(sorted({**before, **now}.items()))}
+        found = RouteFile(replace(found.header, search=search), found.prompts)
         write_header(out, found.header)
     return found
 
@@ -98,7 +110,7 @@ def search(
     """
     if workers > 1 and load is None:
         raise ConfigError("several workers need `load`, a function that gives each its model.")
-    file = begin(out, header, resume)
+    file = begin(out, header, resume, warn)
     done = {(prompt.source, prompt.id) for prompt in file.prompts}
     left = [question for question in questions if (question.source, question.id) not in done]
     groups = grouped(left, settings.seed)
@@ -112,7 +124,7 @@ def search(
             new += len(prompts)
             if progress is not None:
                 progress(_line(new, len(left), len(done), time.monotonic() - started))
-    return Found(file, new, time.monotonic() - started)
+    return Found(file, new, time.monotonic() - started, len(left) - new)
 
 
 def _searched(

@@ -84,8 +84,9 @@ def split(routes: RouteFile, tokenizer: Any, recipe: RouteRecipe, max_samples: i
     usable = [(p, counts) for p in routes.prompts if (counts := kept(p, routes.header.n_layers, recipe))]
     if len(usable) < 3:
         raise TuningError(
-            f"{len(usable)} of {len(routes.prompts)} prompts have a route to learn from, and three parts need at least "
-            "one each: search more prompts."
+            f"{len(usable)} of {len(routes.prompts)} prompts have a route to learn from (towards {recipe.towards}, "
+            f"leads of {recipe.margin:g} nats or more{', credible ones' if recipe.credible else ''}), and three parts "
+            "need at least one each: search more prompts, or ask less of a route in the recipe."
         )
     if max_samples is not None and max_samples < 3:
         raise TuningError(
@@ -170,9 +171,9 @@ def _check_memory(shape: tuple[int, ...], itemsize: int) -> None:
     if need > MOST_MEMORY * machine:
         most = int(shape[0] * MOST_MEMORY * machine / need)
         raise TuningError(
-            f"what the routers are shown of {shape[0]:,} examples takes {need / 2**30:,.1f} GiB, and this machine has "
-            f"{machine / 2**30:,.1f}: learn from {most:,} at most (fewer --max-samples, or routes_per_prompt of the "
-            "recipe)."
+            f"what the routers are shown of {shape[0]:,} routes takes {need / 2**30:,.1f} GiB, and this machine has "
+            f"{machine / 2**30:,.1f}, enough for {most:,}: give fewer prompts (--max-samples), or less "
+            "routes_per_prompt in the recipe."
         )
 
 
