@@ -46,6 +46,7 @@ def prompt(number: int) -> PromptRoutes:
         naive_executions=100,
         apart_executions=150,
         control_routes=(Route(False, 1.5, (0, 2, 1)),),
+        tried=(Route(True, 0.3, (1, 0, 2)), Route(False, -0.7, (0, 1, 1)), Route(True, 0.2, (1, 1, 1))),
     )
 
 
@@ -80,6 +81,7 @@ def test_what_is_written_is_read(path):
     found = read(write(path, prompt(0), SHORT), IDENTITY)
     assert (found.header, found.prompts) == (HEADER, [prompt(0), SHORT])
     document = json.loads(lines(path)[1])
+    assert document["tried"][1] == ["011", -0.7]
     assert document["routes"][0] == {"counts": [1, 0, 2], "correct": True, "margin": 0.3, "layers": 3}
     assert json.loads(lines(path)[0])["kind"] == "dynadepth-routes"
 
@@ -173,6 +175,9 @@ def test_a_new_header_leaves_the_prompts(path, packed):
         ({"routes": [{"counts": [1, 1], "correct": True, "margin": 0.1}]}, "a route of 2 layers in a file for 3"),
         ({"routes": [{"counts": [1, -1, 1], "correct": True, "margin": 0.1}]}, "counts"),
         ({"routes": [{"counts": [1, 1, 1], "correct": True, "margin": float("nan")}]}, "margin nan"),
+        ({"tried": [["111", 0.1], ["11", 0.1]]}, "a route of 2 layers in a file for 3"),
+        ({"tried": [["1x1", 0.1]]}, "invalid literal"),
+        ({"tried": [["111", None]]}, "TypeError"),
         ({"gold": 2}, "gold 2 of 2 options"),
         ({"gold": None}, "options and gold go together"),
         ({"dense": 3}, "TypeError"),

@@ -92,6 +92,10 @@ class PromptRoutes:
     control_routes: tuple[Route, ...] = ()
     """As `routes`, of the control: their margins are those of the wrong answer, and none is correct."""
 
+    tried: tuple[Route, ...] = ()
+    """Every route that the search towards the right answer tried, whatever it gave, but for the dense one; in the order
+    of trying. (`routes` are those of them that were kept.)"""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -179,7 +183,8 @@ class RouteWriter:
         """Writes one line a prompt."""
         for prompt in prompts:
             kept = {"routes": _plain(prompt.routes), "control_routes": _plain(prompt.control_routes)}
-            self._append({**asdict(prompt), **kept})
+            tried = [[_digits(route.counts), route.margin] for route in prompt.tried]
+            self._append({**asdict(prompt), **kept, "tried": tried})
 
     def _append(self, document: dict[str, Any]) -> None:
         if self._file is None:
@@ -354,6 +359,7 @@ def _prompt(line: str, n_layers: int, path: str | Path, number: int) -> PromptRo
             naive_executions=int(data["naive_executions"]),
             apart_executions=int(data["apart_executions"]),
             control_routes=_routes(data["control_routes"], n_layers),
+            tried=_tried(data["tried"], n_layers),
         )
         if (found.gold is None) != (options is None):
             raise ValueError("options and gold go together")
@@ -368,10 +374,29 @@ def _routes(data: list[dict[str, Any]], n_layers: int) -> tuple[Route, ...]:
     """Raises `ValueError` saying what is wrong with one."""
     found = tuple(Route(bool(route["correct"]), float(route["margin"]), tuple(route["counts"])) for route in data)
     for route in found:
-        if len(route.counts) != n_layers:
-            raise ValueError(f"a route of {len(route.counts)} layers in a file for {n_layers}")
-        if any(type(count) is not int or count < 0 for count in route.counts):
-            raise ValueError(f"counts {list(route.counts)}")
-        if not math.isfinite(route.margin):
-            raise ValueError(f"margin {route.margin}")
+        _check(route, n_layers)
     return found
+
+
+def _tried(data: list[list[Any]], n_layers: int) -> tuple[Route, ...]:
+    """From pairs of digits and a margin; raises as `_routes`."""
+    found = []
+    for digits, margin in data:
+        route = Route(float(margin) > 0, float(margin), tuple(map(int, digits)))
+        _check(route, n_layers)
+        found.append(route)
+    return tuple(found)
+
+
+def _digits(counts: tuple[int, ...]) -> str:
+    """`(1, 0, 2)` as `102`: hundreds of routes a prompt take little room."""
+    return "".join(map(str, counts))
+
+
+def _check(route: Route, n_layers: int) -> None:
+    if len(route.counts) != n_layers:
+        raise ValueError(f"a route of {len(route.counts)} layers in a file for {n_layers}")
+    if any(type(count) is not int or count < 0 for count in route.counts):
+        raise ValueError(f"counts {list(route.counts)}")
+    if not math.isfinite(route.margin):
+        raise ValueError(f"margin {route.margin}")

@@ -162,6 +162,8 @@ def test_an_exhaustive_search_knows_every_route(model, questions):
         short = [(c, a) for c, a in zip(allowed, answers, strict=True) if sum(c) <= most]
         right = {c: a.margin(question.gold) for c, a in short if a.margin(question.gold) > 0}
         assert {route.counts: pytest.approx(route.margin, abs=1e-4) for route in found.routes} == right
+        every = {c: a.margin(question.gold) for c, a in zip(allowed, answers, strict=True)}
+        assert {route.counts: pytest.approx(route.margin, abs=1e-4) for route in found.tried} == every
         worth = [1 / (1 + math.exp(-route.margin)) - 3.0 * route.layers / 4 for route in found.routes]
         assert worth == sorted(worth, reverse=True)
         kept += len(worth) > 2

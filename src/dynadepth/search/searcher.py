@@ -184,6 +184,7 @@ class _Search:
             routes=self._kept(gold, most),
             control=wrong,
             control_routes=() if self.wrong is None else self._kept(self.wrong, most),
+            tried=tuple(Route(margin > 0, margin, counts) for counts, margin in self._margins(gold)),
             executions=executions,
             naive_executions=sum(map(sum, self.replies)),
             apart_executions=apart,

@@ -28,6 +28,10 @@ Move = tuple[int, int]
 """(first layer, n): n layers skipped from there on; n = 0: the layer repeated once more."""
 
 
+MOST_REPEATS = 8
+"""A layer's executions are one digit in a file of routes."""
+
+
 @dataclass(frozen=True)
 class TreeSettings:
     """Defaults are the paper's, section 3.1 and appendix, unless said."""
@@ -63,6 +67,8 @@ class TreeSettings:
         for name, low in (("simulations", 1), ("max_consecutive_skips", 0), ("repeats", 0), ("siblings", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}.")
+        if self.repeats > MOST_REPEATS:
+            raise ConfigError(f"repeats must be at most {MOST_REPEATS}, not {self.repeats}.")
         if not self.max_consecutive_skips and not self.repeats:
             raise ConfigError("with no skips and no repeats the dense route is the only one: allow one of them.")
 
