@@ -128,3 +128,5 @@ def test_settings_out_of_range():
         TreeSettings(simulations=0)
     with pytest.raises(ConfigError, match="dense route is the only one"):
         TreeSettings(max_consecutive_skips=0, repeats=0)
+    with pytest.raises(ConfigError, match="repeats must be at most 8, not 9"):
+        TreeSettings(repeats=9)
