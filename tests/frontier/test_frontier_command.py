@@ -29,7 +29,7 @@ def test_the_command_and_its_page(run, words, tmp_path):
     assert "[2/5] static@0.75: perplexity" in result.stderr
     assert "next: dynadepth report" in result.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["cells", "frontier.json", "quality-keep.png", "quality-keep.svg", "table.md"]
+    assert files == ["cells", "frontier.json", "quality-keep.png", "quality-keep.svg", "scores", "table.md"]
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert lines[0].startswith("| method | budget | executed | FLOPs | of target | KV | perplexity |")
     assert [row.split(" | ")[:2] for row in lines[2:]] == [
