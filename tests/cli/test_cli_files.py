@@ -32,6 +32,9 @@ def test_a_folder_is_no_file(refused, model_folder, tmp_path, monkeypatch, words
         (("eval", "m", "--tasks", "a", "--task-data", "D", "--json", "D/a.jsonl"), "--task-data", "a.jsonl"),
         (("eval", "m", "--routers", "D", "--json", "D/routing_config.json"), "--routers", "routing_config.json"),
         (("generate", "m", "--prompts", "D/book.txt", "--json", "D/book.txt"), "--prompts", "book.txt"),
+        (("tune", "m", "--routes", "D/a.jsonl", "--out", "D/o", "--json", "D/a.jsonl"), "--routes", "a.jsonl"),
+        (("tune", "m", "--data", "D/a.jsonl", "--out", "D/o", "--json", "D/a.jsonl"), "--data", "a.jsonl"),
+        (("tune", "m", "--out", "D", "--json", "D/routing_config.json"), "--out", "routing_config.json"),
         (("bench", "m", "--compare", "static", "--json", "D/new.svg", "--figure", "D/new.svg"), "--json", None),
     ],
 )

@@ -218,12 +218,16 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-def test_tune_saves_routers_and_names_the_next_command(run, model_folder, data, tmp_path):
+def test_tune_saves_routers_and_names_the_next_command(run, answered, model_folder, data, tmp_path):
     out = tmp_path / "routers"
-    result = run(
+    document, result = answered(
         "tune", model_folder, "--out", out, "--data", data, "--budget", "0.75", "--max-samples", 24, "--seed", 3
     )
-    assert result.exit_code == 0, result.output
+    assert document["keep_after"]["all"] == pytest.approx(0.75, abs=0.26)
+    assert document["steps"] == len(document["losses"]) > 0
+    assert set(document["provenance"]) == PROVENANCE | {"routers"} | (
+        set(document["provenance"]) & {"platform", "date"}
+    )
     saved = json.loads((out / "routing_config.json").read_text(encoding="utf-8"))
     assert saved["provenance"]["seed"] == 3
     assert saved["provenance"]["run"]["model"]["fingerprint"] == saved["base_model"]["fingerprint"]

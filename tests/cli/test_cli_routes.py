@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def tuned(model_folder: str, routes_file: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("tuned")
     (folder / "small.yaml").write_text(RECIPE, encoding="utf-8")
     words = ("tune", model_folder, "--method", "drllm", "--routes", routes_file, "--recipe", folder / "small.yaml")
-    result = invoke(*words, "--out", folder / "routers")
+    result = invoke(*words, "--out", folder / "routers", "--json", folder / "result.json")
     assert result.exit_code == 0, result.output
     return folder / "routers", result.stdout
 
@@ -50,6 +51,9 @@ def test_tuning_prints_scores_beside_predictors_that_see_no_prompt(tuned):
     assert document["config"]["method"] == "drllm"
     assert document["provenance"]["run"]["command"]
     assert document["provenance"]["result"]["scores"]["macro_f1"] > 0.9
+    written = json.loads((folder.parent / "result.json").read_text(encoding="utf-8"))
+    assert {key: written[key] for key in document["provenance"]["result"]} == document["provenance"]["result"]
+    assert written["provenance"]["routers"]["folder"] == str(folder)
 
 
 def test_routes_are_shown_with_their_repeats(answered, model_folder, tuned):

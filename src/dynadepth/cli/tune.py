@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from dynadepth.cli import options
-from dynadepth.cli.session import number, open_model, out, percent, progress, reporting, say, table
+from dynadepth.cli.session import (
+    number,
+    open_model,
+    out,
+    percent,
+    progress,
+    reporting,
+    say,
+    table,
+    write_json,
+)
 from dynadepth.errors import ConfigError
 
 
@@ -82,6 +92,7 @@ def tune(
         int | None, typer.Option("--max-samples", metavar="N", help="Samples used. (default: the recipe's)")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is drawn.")] = 0,
+    json_file: options.Json = None,
 ) -> None:
     """Tune routers, or a static route, for a frozen model and save them, ready for every budget.
 
@@ -101,6 +112,8 @@ def tune(
         options.check_at_least(lora, "--lora")
         options.check_seed(seed)
         options.check_output_folder(out_dir)
+        sources = {"--routes": [] if routes is None else [routes], "--data": [] if data is None else [Path(data)]}
+        options.check_output_file(json_file, {**sources, "--out": [out_dir / "routing_config.json"]})
         from dynadepth.tuning.recipe import DEFAULT, load_recipe
 
         if routes is not None:
@@ -111,7 +124,7 @@ def tune(
                 "--granularity": granularity,
             }
             given |= {"--kv-policy": kv_policy, "--lora": lora}
-            _from_routes(model, routes, out_dir, recipe, method, max_samples, seed, given)
+            _from_routes(model, routes, out_dir, recipe, method, max_samples, seed, given, json_file)
             return
         settings = load_recipe(recipe or DEFAULT)
         if method == "auto":
@@ -171,6 +184,7 @@ def tune(
             )
         routing_of(loaded).speedup = speedup
         sign(loaded, out_dir, model, seed)
+        _write(json_file, result, loaded, model, out_dir, seed)
 
         grid = table(
             f"Tuned {result.n_trainable:,} parameters in {result.seconds:.0f} s",
@@ -216,6 +230,7 @@ def _from_routes(
     max_samples: int | None,
     seed: int,
     others: Mapping[str, object],
+    json_file: Path | None,
 ) -> None:
     from dynadepth.tuning.route_recipe import DEFAULT, check_learns_from_routes, load_route_recipe
 
@@ -246,6 +261,7 @@ def _from_routes(
             progress=lambda stage, done, total, figures: tell(_line(stage, done, total, figures)),
         )
     sign(loaded, out_dir, model, seed)
+    _write(json_file, result, loaded, model, out_dir, seed)
     console = out()
     grid = table(
         f"Tuned {result.n_trainable:,} parameters on {result.n_train} routes in {result.seconds:.0f} s, best at epoch "
@@ -267,6 +283,14 @@ def _from_routes(
     console.print(Text(f"{depths}; trained on {counts}"))
     words = ["dynadepth", "generate", model, "--routers", str(out_dir), "--prompt", "Why is the sky blue?"]
     console.print(Text(f"Routers saved in {out_dir}. Next:\n  {shlex.join([*words, '--show-route'])}"))
+
+
+def _write(json_file: Path | None, result: Any, tuned: Any, model: str, out_dir: Path, seed: int) -> None:
+    """The result, with where it comes from."""
+    from dynadepth.report.stamp import stamp
+
+    if json_file is not None:
+        write_json(json_file, {**asdict(result), "provenance": stamp(model, tuned, routers=out_dir, seed=seed)})
 
 
 def _line(stage: str, done: int, total: int, figures: dict[str, float]) -> str:
