@@ -194,9 +194,7 @@ class RouteWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise DataError(
-                f"{self.path} could not be written ({error.strerror or error}): make room, then --resume."
-            ) from error
+            raise DataError(_unwritable(self.path, error)) from error
 
 
 def write_header(path: Path, header: Header) -> None:
@@ -208,9 +206,7 @@ def write_header(path: Path, header: Header) -> None:
     try:
         atomically(path, lambda temporary: temporary.write_bytes(blob))
     except OSError as error:
-        raise DataError(
-            f"{path} could not be written ({error.strerror or error}): make room, then --resume."
-        ) from error
+        raise DataError(_unwritable(path, error)) from error
 
 
 def _document(header: Header) -> dict[str, Any]:
@@ -308,6 +304,10 @@ def _damaged(path: str | Path, line: int, why: str) -> str:
         f"{path} is damaged at line {line} ({why}): the same `dynadepth search` with --resume drops a last line that "
         "was cut off; where another one is damaged, search anew."
     )
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return f"{path} could not be written ({error.strerror or error}): make room, then --resume."
 
 
 def _foreign(path: str | Path) -> str:

@@ -43,3 +43,13 @@ def finished(model_folder: Path, data: dict[str, Any], tmp_path_factory: pytest.
 def folder(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "frontier"))
+
+
+@pytest.fixture
+def settings(model_folder, data):
+    """Settings of these methods, without tasks."""
+
+    def made(*methods, **changes):
+        return settings_for(model_folder, data, methods=methods, **{"tasks": (), **changes})
+
+    return made

@@ -39,3 +39,9 @@ def settings_for(model: object, data: dict[str, Any], **changes: Any) -> Setting
         "repeats": 1, "answer_tokens": 3, "max_samples": 30, **data,
     }  # fmt: skip
     return Settings(**(values | changes))
+
+
+def forget_cells(out: Path) -> None:
+    """What was measured besides stays."""
+    for path in (out / "cells").iterdir():
+        path.unlink()
