@@ -119,7 +119,7 @@ def test_an_interrupted_timing_loses_no_quality(opened, model_folder, data, tmp_
     kept = read_cell(tmp_path / "cells" / "dense@1.json")
     assert kept["speed"] is None
     scored = []
-    monkeypatch.setattr(run, "measured", lambda *a, of=run.measured: (scored.append(1), of(*a))[1])
+    monkeypatch.setattr(run, "measured", lambda *a, of=run.measured, **k: (scored.append(1), of(*a, **k))[1])
     found = run_frontier(*opened, settings, tmp_path)
     assert len(scored) == 1, "dense was scored before"
     assert found.cells["static"][0.5]["speed"]
@@ -162,7 +162,7 @@ def test_more_budgets_and_methods_add_cells(folder, opened, model_folder, data, 
 
 
 def test_timing_is_added_to_finished_cells(folder, opened, model_folder, data, monkeypatch):
-    monkeypatch.setattr(run, "measured", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(run, "measured", lambda *_, **__: pytest.fail("scored again"))
     settings = settings_for(model_folder, data, methods=("static",), bench=True)
     found = run_frontier(*opened, settings, folder)
     for budget in BUDGETS:

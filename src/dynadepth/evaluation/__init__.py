@@ -6,17 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.files import read_text, with_window
 from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, positions_of, protocol
+from dynadepth.evaluation.spent import spending
 from dynadepth.model import disabled
 from dynadepth.routed import is_attached
-from dynadepth.routing.recorder import Recorder, recording
 from dynadepth.statistics import paired_bootstrap
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def evaluate(
     paired bootstrap interval (from `seed`) of the usual metric's difference. `progress` is given a line after each
     batch, for a status line. A model without routers is its own dense model. `with_rows` adds the scores behind the
     means as `rows`, for paired comparisons: `tasks` (the usual metric of each row), `perplexity` (nats a token of each
-    window) and, with `compare_dense`, `kl` of each window.
+    window) and, with `compare_dense`, `kl` of each window; and, as `spent`, what `Spent.joined` puts together where
+    tasks and texts are scored one by one.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `depth` their mean executions of the target's sublayers (repeats count twice), `flops_share` and
@@ -77,7 +78,7 @@ def evaluate(
     compare = compare_dense and is_attached(model)
     measured: dict[str, Perplexity] = {}
     divergences: dict[str, Divergence] = {}
-    with recording() as record, _mean_length(model) as mean_length:
+    with spending(model) as spent:
         results = suite.run(limit) if suite else {}
         for file, (text, lengths) in texts.items():
             options: dict[str, Any] = {
@@ -113,7 +114,8 @@ def evaluate(
             "perplexity": {file: list(figures.rows) for file, figures in measured.items()},
             "kl": {file: list(d.rows) for file, d in divergences.items()},
         }
-    return out | _spent(model, record, mean_length())
+        out["spent"] = asdict(spent())
+    return out | spent().figures(model)
 
 
 def _check_positions(file: str, lengths: Mapping[str, Any], positions: int | None) -> None:
@@ -165,41 +167,6 @@ def _block(results: Mapping[str, TaskResult], measured: Mapping[str, Perplexity]
         "average": sum(values) / len(values) if values else None,
         "perplexity": {file: figures.as_dict() for file, figures in measured.items()},
     }
-
-
-def _spent(model: Any, record: Recorder, length: int) -> dict[str, Any]:
-    keep = record.keep_ratio("prefill") if is_attached(model) else None
-    if keep is None:
-        return {"keep_ratio": None, "depth": None, "flops_share": None, "flops_share_target": None, "kv_share": None}
-    from dynadepth.cost import flops_share, kv_share
-
-    sites = record.site_passes("prefill")
-    share = flops_share(model, sites, length)
-    return {
-        "keep_ratio": {"routed": keep.routed, "all": keep.all},
-        "depth": record.depth("prefill"),
-        "flops_share": share.model,
-        "flops_share_target": share.target,
-        "kv_share": kv_share(model, sites, length),
-    }
-
-
-@contextmanager
-def _mean_length(model: Any) -> Iterator[Callable[[], int]]:
-    """Counts the real tokens of every prefill of `model` in the block; the function gives their mean a sequence."""
-    counts = [0, 0]
-
-    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if ids is not None and mask is not None and ids.shape == mask.shape:
-            counts[0] += int(mask.sum())
-            counts[1] += len(ids)
-
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield lambda: max(1, round(counts[0] / max(1, counts[1])))
-    finally:
-        handle.remove()
 
 
 def _said(progress: Progress | None, what: str) -> Progress | None:

@@ -31,6 +31,9 @@ Tokens = tuple[int, ...]
 SHORTEST_SHARED = 4
 """A prompt of fewer tokens (a lone `<bos>`, say) is not worth a cache."""
 
+RUN = 32
+"""Batches of prompts about as long, among which those whose rests are about as long are put together."""
+
 MOST_RESTS = 8
 """At most so many rests continue one prompt in one forward; more are further entries of the batch."""
 
@@ -89,6 +92,8 @@ class ContinuationScorer:
                 alone += [(prompt, rest) for rest in rests]
         alone.sort(key=lambda row: (len(row[0]) + len(row[1]), row), reverse=True)
         shared.sort(key=lambda row: (len(row[0]), row[0]), reverse=True)
+        runs = _batched(shared, RUN * batch_size)
+        shared = [row for run in runs for row in sorted(run, key=lambda row: max(map(len, row[1])), reverse=True)]
 
         answers: dict[int, Answer] = {}
         for batch in _batched(alone, batch_size):

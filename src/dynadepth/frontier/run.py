@@ -2,7 +2,8 @@
 
 A cell whose file is there, made with the same settings, is used as it is. One made with other settings is an error that
 names the difference, before anything is measured: figures of one folder are comparable. A damaged file is said and
-measured again. Nothing is remembered beside the files, so a killed run goes on at the cell where it was.
+measured again. Nothing is remembered beside the files, so a killed run goes on at the cell where it was, and within it
+at the text or task (`pieces`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dynadepth import adapter
 from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from dynadepth.evaluation.comparison import against
 from dynadepth.frontier.makers import Budget
+from dynadepth.frontier.pieces import Pieces, pieces_folder, remove
 from dynadepth.frontier.rows import ROWS, Row, chosen
 from dynadepth.frontier.scoring import blend, measured, timed
 from dynadepth.frontier.settings import Settings
@@ -167,12 +169,16 @@ def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) 
     found: list[tuple[float, Any]] = []
     mark: dict[str, Any] = {}
     parts = row.maker.parts(bench, row.name, budget)
-    for part in parts:
+    folder, before = pieces_folder(bench.out, cell_name(row.name, budget)), 0.0
+    for number, part in enumerate(parts):
         with part.opened() as model:
             mark = mark or stamp(settings.model, model, seed=settings.seed)
-            scores = (
-                measured(model, bench.tokenizer, settings, bench.tell) if part.scored is None else part.scored(model)
-            )
+            if part.scored is None:
+                pieces = Pieces(folder, wanted, number)
+                scores = measured(model, bench.tokenizer, settings, bench.tell, keep=pieces)
+                before += pieces.before
+            else:
+                scores = part.scored(model)
             found.append((part.share, scores))
     cell: Cell = {"format": FORMAT, "row": row.name, "budget": budget, "model": settings.model, "settings": wanted}
     cell |= blend(found)
@@ -182,11 +188,12 @@ def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) 
         other = bench.cell(row.of, budget)["rows"]
         cell["against"] = {"row": row.of, **against(cell["rows"], other, settings.seed)}
     cell |= {"mixture": [part.share for part in parts], "provenance": mark, "tuning": _tuning(bench, row)}
-    return cell | {"speed": None, "speed_settings": None, "seconds": time.monotonic() - started}
+    return cell | {"speed": None, "speed_settings": None, "seconds": before + time.monotonic() - started}
 
 
 def _keep(bench: Workbench, row: Row, budget: Budget, cell: Cell) -> None:
     write_json(cell_path(bench.out, row.name, budget), cell)
+    remove(pieces_folder(bench.out, cell_name(row.name, budget)))
     bench.finished[cell_name(row.name, budget)] = plain(cell)
 
 

@@ -8,8 +8,9 @@ prompt), `samples` (answers). Figures that are means over inputs can be mixed: s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.benchmark import cut_prompts, run
 from dynadepth.budget import forward, prompts_to_batches
 from dynadepth.evaluation import evaluate
+from dynadepth.evaluation.spent import Spent
 from dynadepth.frontier.prompts import KINDS, SAMPLES, encoded
 from dynadepth.frontier.settings import Settings
 from dynadepth.report.routes import variety
 from dynadepth.report.samples import answers
 from dynadepth.routed import is_attached, routing_of
+from dynadepth.routing.decision import Site
 from dynadepth.routing.recorder import Recorder, recording
 from dynadepth.tuning.data import pad_token_id
 
@@ -33,54 +36,99 @@ if TYPE_CHECKING:
 Tell = Callable[[str], object]
 WHOLE = {"routed": 1.0, "all": 1.0}
 """The keep ratio of a model without routers."""
+SHARES = ("flops_share", "flops_share_target", "kv_share")
+
+Keep = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Given a piece's name and what measures it: the piece, measured now or before (`pieces.Pieces`)."""
+
+
+def at_once(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Measures a piece and keeps nothing."""
+    return measure()
 
 
 def measured(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, tell: Tell, prompts: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    tell: Tell,
+    prompts: bool = True,
+    keep: Keep = at_once,
 ) -> dict[str, Any]:
     """Quality of the model as it stands, routed or bare, and what it executed; without `prompts` on the texts and tasks
-    alone (`kinds` and `samples` stay empty)."""
+    alone (`kinds` and `samples` stay empty). Each text and each task is a piece of its own for `keep`."""
     common: dict[str, Any] = {"seed": settings.seed, "with_rows": True, "progress": tell}
-    with recording() as record:
-        text = evaluate(
-            model,
-            tokenizer,
-            perplexity=settings.perplexity,
-            max_windows=settings.max_windows,
-            compare_dense=is_attached(model),
-            **common,
-        )
-    rows = {name: _by_file(text["rows"][name]) for name in ("perplexity", "kl")}
-    tasks = None
-    if settings.tasks:
-        tasks = evaluate(
-            model, tokenizer, tasks=settings.tasks, task_data=settings.task_data, limit=settings.limit, **common
-        )
-        rows["tasks"] = tasks["rows"]["tasks"]
-        tasks = {"tasks": tasks["tasks"], "average": tasks["average"], **_spent(tasks)}
+
+    def read(file: str) -> dict[str, Any]:
+        with recording() as record:
+            found = evaluate(
+                model,
+                tokenizer,
+                perplexity=[file],
+                max_windows=settings.max_windows,
+                compare_dense=is_attached(model),
+                **common,
+            )
+        routes = [{str(site): passes for site, passes in row.items()} for row in record.sequences]
+        found |= {"perplexity": _by_file(found["perplexity"]), "routes": routes}
+        found["rows"] = {name: _by_file(found["rows"][name]) for name in ("perplexity", "kl")}
+        return found
+
+    def solved(task: str) -> dict[str, Any]:
+        return evaluate(
+            model, tokenizer, tasks=[task], task_data=settings.task_data, limit=settings.limit, **common
+        )  # fmt: skip
+
+    texts = [keep(f"text {Path(file).name}", partial(read, file)) for file in settings.perplexity]
+    tasks = [keep(f"task {task}", partial(solved, task)) for task in settings.tasks]
     kinds, samples = {}, []
     if prompts:
         tell("keep ratio by kind of prompt")
         kinds = by_kind(model, tokenizer)
         tell("sample answers")
         samples = answers(model, tokenizer, SAMPLES, settings.answer_tokens)
+    rows = {name: _together(text["rows"][name] for text in texts) for name in ("perplexity", "kl")}
+    if tasks:
+        rows["tasks"] = _together(task["rows"]["tasks"] for task in tasks)
+    spent = Spent.joined([text["spent"] for text in texts])
+    routes = [{Site.parse(site): passes for site, passes in row.items()} for text in texts for row in text["routes"]]
     return {
         "layers": len(decoder_layers(model)),
         "target": routing_of(model).target.name if is_attached(model) else None,
         "granularity": routing_of(model).config.granularity if is_attached(model) else None,
         "text": {
-            "perplexity": _by_file(text["perplexity"]),
-            "kl": 0.0 if text["kl"] is None else text["kl"],
-            "agreement": 1.0 if text["agreement"] is None else text["agreement"],
-            **_spent(text),
+            "perplexity": _together(text["perplexity"] for text in texts),
+            "kl": _by_token(texts, "kl", 0.0),
+            "agreement": _by_token(texts, "agreement", 1.0),
+            **_figures(model, spent),
         },
-        "tasks": tasks,
+        "tasks": _of_tasks(model, tasks),
         "rows": rows,
-        "site_keep": {str(site): share for site, share in record.site_passes("prefill").items()},
-        "routes": _routes(model, record),
+        "site_keep": spent.passes,
+        "routes": variety(routes, sticky=not is_attached(model) or routing_of(model).granularity.sticky),
         "kinds": kinds,
         "samples": samples,
     }
+
+
+def _of_tasks(model: PreTrainedModel, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not parts:
+        return None
+    results = _together(part["tasks"] for part in parts)
+    values = [part["average"] for part in parts if part["average"] is not None]
+    average = sum(values) / len(values) if values else None
+    return {"tasks": results, "average": average, **_figures(model, Spent.joined([part["spent"] for part in parts]))}
+
+
+def _together(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _by_token(texts: Sequence[Mapping[str, Any]], name: str, bare: float) -> float:
+    """The mean over all scored tokens of a figure that each text has; `bare` for a model without routers."""
+    counts = [sum(figures["n_tokens"] for figures in text["perplexity"].values()) for text in texts]
+    values = [bare if text[name] is None else text[name] for text in texts]
+    return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
 
 
 def by_kind(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
@@ -138,15 +186,10 @@ def blend(parts: Iterable[tuple[float, Any]]) -> Any:
     return main
 
 
-def _spent(results: Mapping[str, Any]) -> dict[str, Any]:
-    bare = results["keep_ratio"] is None
-    return {
-        "keep_ratio": WHOLE if bare else results["keep_ratio"],
-        "depth": None if bare else results["depth"],
-        "flops_share": 1.0 if bare else results["flops_share"],
-        "flops_share_target": 1.0 if bare else results["flops_share_target"],
-        "kv_share": 1.0 if bare else results["kv_share"],
-    }
+def _figures(model: PreTrainedModel, spent: Spent) -> dict[str, Any]:
+    if not is_attached(model):
+        return {"keep_ratio": WHOLE, "depth": None, **dict.fromkeys(SHARES, 1.0)}
+    return spent.figures(model)
 
 
 def _routes(model: PreTrainedModel, record: Recorder) -> dict[str, Any]:

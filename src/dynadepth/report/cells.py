@@ -5,6 +5,7 @@
     DIR/table.md                 the table, to be read
     DIR/routers/NAME             routers of the tuned methods, and fitted skip paths
     DIR/scores/NAME.json         importance of sublayers, where a method's order is measured
+    DIR/pieces/NAME@BUDGET       texts and tasks of a cell that is not finished
 
 A cell is written when it is finished, whole or not at all; one that was not timed may be timed later. `report.folder`
 reads leniently, for the page.
@@ -19,11 +20,13 @@ from typing import Any
 from dynadepth.errors import DataError
 from dynadepth.records import plain, read_json, write_json
 
-__all__ = ["CELLS", "DENSE", "FORMAT", "OWN", "ROUTERS", "SCORES", "SUMMARY", "TABLE", "Cell", "Findings",
-           "budget_label", "cell_name", "cell_path", "plain", "read_cell", "read_json", "write_json"]  # fmt: skip
+__all__ = [
+    "CELLS", "DENSE", "FORMAT", "OWN", "PIECES", "ROUTERS", "SCORES", "SUMMARY", "TABLE", "Cell", "Findings",
+    "budget_label", "cell_name", "cell_path", "plain", "read_cell", "read_json", "write_json",
+]  # fmt: skip
 
 FORMAT = 1
-CELLS, SUMMARY, TABLE, ROUTERS, SCORES = "cells", "frontier.json", "table.md", "routers", "scores"
+CELLS, SUMMARY, TABLE, ROUTERS, SCORES, PIECES = "cells", "frontier.json", "table.md", "routers", "scores", "pieces"
 OWN = "own"
 """Stands for the budget of a method whose routers have no calibration."""
 DENSE = "dense"
