@@ -7,6 +7,7 @@ from pathlib import Path
 from dynadepth import adapter, hub
 from dynadepth.architectures import decoder_layers
 from dynadepth.route_file import Answer, Header, PromptRoutes, Route, RouteWriter
+from dynadepth.search.searcher import SearchSettings
 from saved_model import N_LAYERS, WORDS
 
 
@@ -20,7 +21,7 @@ def save_routes(path: Path, model_folder: str | Path, counts: tuple[int, ...] = 
     model = hub.load_model(str(model_folder))
     route = Route(True, 1.0, counts)
     with RouteWriter(path) as writer:
-        writer.start(Header(adapter.identity(model, decoder_layers(model)), N_LAYERS, {}, {}))
+        writer.start(Header(adapter.identity(model, decoder_layers(model)), N_LAYERS, SearchSettings().to_dict(), {}))
         for number in range(n):
             answer = Answer(True, 1.0)
             writer.append(

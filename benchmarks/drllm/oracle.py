@@ -4,7 +4,7 @@ Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) 
 
     dense     every layer once
     oracle    for each prompt the best route that the search kept, dense where it kept none: knows the answer
-    static    one route for all: of those kept for the most prompts of the first half, the one most often right there
+    static    one route for all, chosen on the first half (`search.static.best_static`)
     shuffled  for each prompt the best route of another one: what fits any prompt
     random    for each prompt a random route with as many skips and repeats as its best one
 
@@ -17,7 +17,6 @@ nats. Prints a JSON document.
 import json
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,7 +28,8 @@ from dynadepth.routed import routing_of
 from dynadepth.search.answers import replies
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
-from dynadepth.search.replay import CANDIDATES, right
+from dynadepth.search.replay import leads
+from dynadepth.search.static import best_static
 from dynadepth.search.tree import TreeSettings
 from dynadepth.statistics import paired_bootstrap
 
@@ -67,9 +67,9 @@ def attached(model, question, route):
     return sums[question.gold] - max(total for option, total in enumerate(sums) if option != question.gold)
 
 
-def compared(routes, leads):
+def compared(routes, found):
     """Of the prompts with a kept route: how many say the same again, and how far the leads are off."""
-    pairs = [(routes[key].margin, lead) for key, lead in leads.items() if lead is not None]
+    pairs = [(routes[key].margin, lead) for key, lead in found.items() if lead is not None]
     off = [abs(before - now) for before, now in pairs]
     if not pairs:
         return None
@@ -98,14 +98,11 @@ def main(model_name, routes_file, *rest):
 
     dense = (1,) * file.header.n_layers
     best = {key: prompts[key].routes[0].counts if prompts[key].routes else dense for key in keys}
-    kept = Counter(route.counts for key in first for route in prompts[key].routes)
-    candidates = [dense, *(counts for counts, _ in kept.most_common(CANDIDATES))]
     others = dict(zip(second, [*second[1:], second[0]], strict=True))
     drawn = {key: random_like(best[key], draw) for key in second}
 
     runner = LayerRunner(model)
-    tried = right(runner, {key: questions[key] for key in first}, dict.fromkeys(first, candidates))
-    static = max(candidates, key=lambda counts: sum(tried[key, counts] for key in first))
+    static = best_static(model, tokenizer, file, among=first, seed=seed).counts
     rows = {
         "dense": dict.fromkeys(second, dense),
         "oracle": {key: best[key] for key in second},
@@ -114,9 +111,9 @@ def main(model_name, routes_file, *rest):
         "random": drawn,
     }
     wanted = {key: list(dict.fromkeys(row[key] for row in rows.values())) for key in second}
-    found = right(runner, {key: questions[key] for key in second}, wanted)
+    found = leads(runner, {key: questions[key] for key in second}, wanted)
     document = {"prompts": len(second), "static_route": static, "rows": {}}
-    scores = {name: [float(found[key, row[key]]) for key in second] for name, row in rows.items()}
+    scores = {name: [float(found[key, row[key]] > 0) for key in second] for name, row in rows.items()}
     # A prompt counts as the oracle's where dense is right, as in the search's own figures.
     scores["oracle"] = [max(pair) for pair in zip(scores["oracle"], scores["dense"], strict=True)]
     for name, row in rows.items():
@@ -132,8 +129,8 @@ def main(model_name, routes_file, *rest):
     document["replayed"] = {"apart": compared(top, {key: apart(runner, questions[key], top[key]) for key in keys})}
     attach(model, MindSkipConfig(target="block", layers="all"))
     chosen = [key for key in keys if questions[key].options is not None]
-    leads = {key: attached(model, questions[key], top[key]) for key in chosen}
-    document["replayed"]["attached"] = compared(top, leads)
+    again = {key: attached(model, questions[key], top[key]) for key in chosen}
+    document["replayed"]["attached"] = compared(top, again)
     document["provenance"] = provenance(seed=seed, dtype=model.dtype, model=file.header.model)
     document["provenance"]["command"] = " ".join(["python", "benchmarks/drllm/oracle.py", *sys.argv[1:]])
     document["routes"] = Path(routes_file).name

@@ -96,12 +96,7 @@ def test_the_bench_has_the_repeated_block_twice(answered, model_folder, tuned):
         (("--method", "drllm"), "learns from searched routes"),
         (("--recipe", "drllm-paper"), "tune it with --routes FILE"),
         (("--routes", "ROUTES", "--method", "mindskip"), "'mindskip'"),
-        (
-            ("--routes", "ROUTES", "--method", "static"),
-            "'static' does not learn from routes: leave --routes out",
-        ),
         (("--routes", "ROUTES", "--method", "mod"), "Method 'mod' does not learn from routes"),
-        (("--routes", "ROUTES", "--method", "auto"), "--method auto chooses between methods"),
         (("--routes", "ROUTES", "--method", "drlm"), "Unknown method 'drlm'"),
         (("--routes", "ROUTES", "--recipe", "default"), "method 'mindskip' does not learn from routes: leave --routes"),
         (("--routes", "ROUTES", "--budget", "0.5"), "--budget cannot be set together with --routes"),

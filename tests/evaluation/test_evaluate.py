@@ -48,7 +48,7 @@ def test_everything_at_once(routed, tokenizer, folder):
         )
     assert json.loads(json.dumps(found)) == found
     assert set(found) == KEYS
-    assert set(found["tasks"]["arc_easy"]) == TASK_KEYS | {"diff_vs_dense"}
+    assert set(found["tasks"]["arc_easy"]) == TASK_KEYS | {"diff_vs_dense", "acc_diff_vs_dense"}
     assert set(found["dense"]) == {"tasks", "average", "perplexity"}
     assert set(found["dense"]["tasks"]["sums"]) == TASK_KEYS
     assert set(found["perplexity"][text]) == {"ppl", "nll", "n_tokens"}
@@ -96,12 +96,18 @@ def test_a_bare_model_is_its_own_dense_model(llama, tokenizer, folder):
 
 
 def test_differences_are_paired_by_row(routed, tokenizer, folder):
-    found = evaluate(routed, tokenizer, tasks=["sums"], task_data=folder, compare_dense=True, seed=5)
-    lm, tasks = DynadepthLM(routed, tokenizer=tokenizer), load_tasks(["sums"], folder)
-    own = run_tasks(lm, tasks)["sums"].rows
+    names = ["sums", "arc_easy"]
+    found = evaluate(routed, tokenizer, tasks=names, task_data=folder, compare_dense=True, seed=5)
+    lm, tasks = DynadepthLM(routed, tokenizer=tokenizer), load_tasks(names, folder)
+    own = run_tasks(lm, tasks)
     with disabled(routed):
-        dense = run_tasks(lm, tasks)["sums"].rows
-    assert found["tasks"]["sums"]["diff_vs_dense"] == list(paired_bootstrap(own, dense, seed=5))
+        dense = run_tasks(lm, tasks)
+    for name in names:
+        scored, before, after = found["tasks"][name], dense[name], own[name]
+        assert scored["diff_vs_dense"] == list(paired_bootstrap(after.rows, before.rows, seed=5))
+        assert scored["acc_diff_vs_dense"] == list(paired_bootstrap(after.acc_rows, before.acc_rows, seed=5))
+        assert sum(after.acc_rows) / after.n == after.acc
+    assert own["arc_easy"].rows != own["arc_easy"].acc_rows, "this test needs rows on which the two metrics differ"
 
 
 def test_a_static_route_has_the_ratio_that_it_asks_for(llama, tokenizer, folder):

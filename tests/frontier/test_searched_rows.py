@@ -19,6 +19,7 @@ from dynadepth.report.frontier_table import compared
 from dynadepth.route_file import RouteWriter
 from dynadepth.search import search_files
 from dynadepth.search.searcher import SearchSettings
+from dynadepth.search.static import StaticRoute
 from dynadepth.search.tree import TreeSettings
 from saved_model import save_model
 from searched_routes import save_routes
@@ -63,7 +64,7 @@ class TestSearchedRoutes:
     def test_the_best_static_route_is_chosen_once(self, opened, settings, model_folder, tmp_path, monkeypatch):
         file = save_routes(tmp_path / "routes.jsonl", model_folder, n=30)
         asked = settings("drllm-best-static", data_of={"drllm": str(file)})
-        monkeypatch.setattr(searched, "best_static", lambda *_: ((1, 2, 0, 1), 0.6, 0.5))
+        monkeypatch.setattr(searched, "best_static", lambda *_, **__: StaticRoute((1, 2, 0, 1), 0.6, 0.5, 9, ()))
         found = run_frontier(*opened, asked, tmp_path / "out")
         (cell,) = found.cells["drllm-best-static"].values()
         assert list(cell["site_keep"].values()) == [1.0, 2.0, 0.0, 1.0]
@@ -72,7 +73,7 @@ class TestSearchedRoutes:
         assert routing_of(model).provenance["result"]["accuracy"] == 0.6
         detach(model)
         forget_cells(tmp_path / "out")
-        monkeypatch.setattr(searched, "best_static", lambda *_: pytest.fail("chosen again"))
+        monkeypatch.setattr(searched, "best_static", lambda *_, **__: pytest.fail("chosen again"))
         run_frontier(*opened, asked, tmp_path / "out")
 
     def test_the_oracle_is_right_where_the_search_was(self, opened, settings, tmp_path):

@@ -1,17 +1,11 @@
 """Found routes, given to a routed model as decisions, give the recorded answers: what is searched is what will run."""
 
-from collections import Counter
-from dataclasses import replace
-
 import pytest
 import torch
 from search_data import choices, shorts, write_rows
 
 from dynadepth import MindSkipConfig, Site, attach, fixed_routes, hub
-from dynadepth.errors import DataError
-from dynadepth.search import replay, search_files
 from dynadepth.search.questions import load_questions
-from dynadepth.search.replay import best_static, questions_of
 from dynadepth.search.searcher import Searcher, SearchSettings
 from dynadepth.search.tree import TreeSettings
 
@@ -32,35 +26,6 @@ def margin(model, question):
     if question.options is None:
         return min(margins)
     return sums[question.gold] - max(total for option, total in enumerate(sums) if option != question.gold)
-
-
-def test_the_best_static_route_is_right_for_the_most_prompts(model_folder, tmp_path, monkeypatch):
-    """Counted by plain forwards, one prompt and route at a time."""
-    model, tokenizer = hub.load_model(model_folder, dtype="float32"), hub.load_tokenizer(model_folder)
-    words = [{**row, "choices": row["choices"][0].split() + row["choices"][1:2]} for row in choices(14)]
-    data, out = write_rows(tmp_path / "arc.jsonl", words), tmp_path / "routes.jsonl"
-    monkeypatch.setattr(replay, "CANDIDATES", 30)
-    settings = SearchSettings(TreeSettings(simulations=25), margin=0.0)
-    file = search_files(model, tokenizer, [data], out, settings).file
-    route, accuracy, dense = best_static(model, tokenizer, file)
-    questions = questions_of(file, tokenizer)
-    read = {(question.source, question.id): question for question in load_questions([data], tokenizer)[0]}
-    assert questions == read
-    kept = Counter(r.counts for prompt in file.prompts for r in prompt.routes)
-    attach(model, MindSkipConfig(target="block", layers=(0, 1, 2, 3)))
-
-    def measured(counts):
-        with fixed_routes(model, {Site(layer, "block"): count for layer, count in enumerate(counts)}):
-            return sum(margin(model, question) > 0 for question in questions.values()) / 14
-
-    tried = {counts: measured(counts) for counts in [(1,) * 4, *(counts for counts, _ in kept.most_common(30))]}
-    assert len(set(tried.values())) > 2
-    assert (accuracy, dense) == (max(tried.values()), tried[(1,) * 4])
-    assert tried[route] == accuracy
-    assert sum(route) == min(sum(counts) for counts, share in tried.items() if share == accuracy)
-    shorts_only = replace(file, prompts=[replace(p, options=None, gold=None) for p in file.prompts])
-    with pytest.raises(DataError, match="no multiple-choice prompts"):
-        best_static(model, tokenizer, shorts_only)
 
 
 def test_a_routed_model_replays_what_was_found(model_folder, tmp_path):

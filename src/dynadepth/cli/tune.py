@@ -57,7 +57,8 @@ def tune(
             "--method",
             metavar="NAME",
             help="mindskip, static (one route for every input), drllm (with --routes), or auto: tunes the recipe's "
-            "method, and saves a static route with its skip paths unless the routers are better on held-out text. "
+            "method, and saves a static route with its skip paths unless the routers are better on held-out text. With "
+            "--routes, static finds the best route for all prompts, and auto takes it unless routers answer more. "
             "(default: the recipe's)",
         ),
     ] = None,
@@ -237,18 +238,36 @@ def _from_routes(
     idle = [name for name, value in others.items() if value is not None]
     if idle:
         raise ConfigError(f"{', '.join(idle)} cannot be set together with --routes, which say what every layer does.")
-    if method == "auto":
-        raise ConfigError("--method auto chooses between methods that do not learn from routes: leave --routes out.")
-    if method is not None:
+    compared = method in ("auto", "static")
+    if method is not None and not compared:
         check_learns_from_routes(method)
     settings = load_route_recipe(recipe or DEFAULT)
-    if method is not None:
+    if method is not None and not compared:
         settings = replace(settings, method={**settings.method, "method": method})
     settings.config()  # what is wrong is said now
     loaded, tokenizer = open_model(model)
     from dynadepth.report.stamp import sign
     from dynadepth.tuning.from_routes import tune_from_routes
 
+    if compared:
+        from dynadepth.search.choice import choose_from_routes
+
+        with progress(f"choosing a route for all prompts of {routes}") as tell:
+            choice = choose_from_routes(
+                loaded,
+                tokenizer,
+                routes,
+                settings,
+                out=out_dir,
+                with_routers=method == "auto",
+                max_samples=max_samples,
+                seed=seed,
+                progress=lambda stage, done, total, figures: tell(_line(stage, done, total, figures)),
+            )
+        sign(loaded, out_dir, model, seed)
+        _write(json_file, choice, loaded, model, out_dir, seed)
+        _tell_choice(choice, loaded, model, out_dir)
+        return
     with progress(f"tuning routers on {routes}") as tell:
         result = tune_from_routes(
             loaded,
@@ -285,6 +304,31 @@ def _from_routes(
     console.print(Text(f"Routers saved in {out_dir}. Next:\n  {shlex.join([*words, '--show-route'])}"))
 
 
+def _tell_choice(choice: Any, tuned: Any, model: str, out_dir: Path) -> None:
+    from dynadepth.report.routes import strip
+    from dynadepth.routed import routing_of
+
+    columns = (f"{choice.n_validation} validation prompts", f"{choice.n_heldout} held out")
+    grid = table(f"Chosen: {choice.chosen} ({choice.seconds:.0f} s)", "accuracy", *columns, "layers")
+    for name, decided in choice.validation.items():
+        cells = []
+        for figures in (decided, choice.heldout[name]):
+            mean, low, high = (100 * value for value in figures.difference)
+            cells.append(
+                percent(figures.accuracy) + ("" if name == "dense" else f" {mean:+.1f} ({low:+.1f} to {high:+.1f})")
+            )
+        grid.add_row(name, *cells, number(decided.layers, 1))
+    console = out()
+    console.print(grid)
+    if choice.routers is not None:
+        console.print(Text(choice.why))
+    layers = {f"{layer}.block": count for layer, count in enumerate(choice.static.counts)}
+    dense = "" if choice.static.steps else " (dense: no move gains more than its standard error)"
+    console.print(Text(f"static route: {strip(layers, routing_of(tuned).n_layers)}{dense}"))
+    words = ["dynadepth", "generate", model, "--routers", str(out_dir), "--prompt", "Why is the sky blue?"]
+    console.print(Text(f"Saved in {out_dir}. Next:\n  {shlex.join([*words, '--show-route'])}"))
+
+
 def _write(json_file: Path | None, result: Any, tuned: Any, model: str, out_dir: Path, seed: int) -> None:
     """The result, with where it comes from."""
     from dynadepth.report.stamp import stamp
@@ -295,4 +339,4 @@ def _write(json_file: Path | None, result: Any, tuned: Any, model: str, out_dir:
 
 def _line(stage: str, done: int, total: int, figures: dict[str, float]) -> str:
     values = "".join(f", {name} {value:.4f}" for name, value in figures.items())
-    return f"{stage}: {done} of {total}{values}"
+    return f"{stage}: {done} of {total}{values}" if total else stage

@@ -50,12 +50,12 @@ def evaluate(
     `tasks`: stems of the files in `task_data`, or names of lm-evaluation-harness without it, or the bundled
     `questions`; `limit` takes their first rows. `perplexity`: text files, of which `max_windows` takes the first
     windows; `book.txt@4096` scores the last quarter of windows of 4,096 tokens. With `compare_dense` the dense model is
-    scored on the same rows and tokens, which gives `dense`, `kl`, `agreement` and, per task, `diff_vs_dense`: a 95 %
-    paired bootstrap interval (from `seed`) of the usual metric's difference. `progress` is given a line after each
-    batch, for a status line. A model without routers is its own dense model. `with_rows` adds the scores behind the
-    means as `rows`, for paired comparisons: `tasks` (the usual metric of each row), `perplexity` (nats a token of each
-    window) and, with `compare_dense`, `kl` of each window; and, as `spent`, what `Spent.joined` puts together where
-    tasks and texts are scored one by one.
+    scored on the same rows and tokens, which gives `dense`, `kl`, `agreement` and, per task, `diff_vs_dense` and
+    `acc_diff_vs_dense`: 95 % paired bootstrap intervals (from `seed`) of the difference of the usual metric and of
+    `acc`. `progress` is given a line after each batch, for a status line. A model without routers is its own dense
+    model. `with_rows` adds the scores behind the means as `rows`, for paired comparisons: `tasks` (the usual metric of
+    each row), `perplexity` (nats a token of each window) and, with `compare_dense`, `kl` of each window; and, as
+    `spent`, what `Spent.joined` puts together where tasks and texts are scored one by one.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `depth` their mean executions of the target's sublayers (repeats count twice), `flops_share` and
@@ -100,9 +100,10 @@ def evaluate(
             with disabled(model):
                 dense = suite.run(limit)
         for name, result in results.items():
-            rows = result.rows, dense[name].rows
-            interval = paired_bootstrap(*rows, seed=seed) if rows[0] and len(rows[0]) == len(rows[1]) else None
-            out["tasks"][name]["diff_vs_dense"] = interval and list(interval)
+            for key, of in (("diff_vs_dense", "rows"), ("acc_diff_vs_dense", "acc_rows")):
+                rows = getattr(result, of), getattr(dense[name], of)
+                paired = rows[0] and len(rows[0]) == len(rows[1])
+                out["tasks"][name][key] = list(paired_bootstrap(*rows, seed=seed)) if paired else None
         out["dense"] = _block(dense, {file: d.dense for file, d in divergences.items()})
         count = sum(d.n_tokens for d in divergences.values())
         if count:

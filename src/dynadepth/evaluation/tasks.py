@@ -47,6 +47,9 @@ class TaskResult:
     rows: tuple[float, ...] = ()
     """The usual metric of each row, in the order of the rows: for paired comparisons."""
 
+    acc_rows: tuple[float, ...] = ()
+    """`acc` of each row, which is not the usual metric of every task."""
+
     @property
     def value(self) -> float | None:
         """The usual metric."""
@@ -204,6 +207,7 @@ def _summary(name: str, samples: list[dict[str, Any]], leaves: list[str], outcom
         stderr=None if rows is None else standard_error(rows),
         n=len(samples),
         rows=tuple(rows or ()),
+        acc_rows=tuple(acc or ()),
     )
 
 

@@ -94,7 +94,7 @@ ROWS = (
     ),
     Row(
         "drllm-best-static",
-        "the one route that is right for the most prompts of drllm's data, of those that the search kept",
+        "the one route that serves the prompts of drllm's data best, with no more layers than dense",
         BestStatic("drllm", DRLLM),
     ),
     Row("drllm-random", "each input skips random layers, as many as drllm", RandomBeside("drllm", DRLLM)),

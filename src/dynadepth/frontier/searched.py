@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from dynadepth.frontier.makers import Budget, Maker, Part, attached, fixed, load
 from dynadepth.frontier.scoring import measured
 from dynadepth.frontier.settings import source_facts
 from dynadepth.frontier.workbench import Workbench
-from dynadepth.methods import StaticConfig
 from dynadepth.methods.random import RandomConfig
 from dynadepth.model import attach, detach
 from dynadepth.report.cells import ROUTERS, plain
@@ -32,7 +31,7 @@ from dynadepth.route_file import RouteFile, read
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
-from dynadepth.search.replay import best_static
+from dynadepth.search.static import best_static, static_route
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
 
@@ -164,8 +163,8 @@ class RandomBeside(_Beside):
 
 @dataclass(frozen=True)
 class BestStatic(_Beside):
-    """One route for every input: of those that the search kept, the one that is right for the most of its prompts
-    (`search.replay.best_static`). Saved like any other static route."""
+    """One route for every input, chosen on the searched prompts (`search.static.best_static`). Saved like any other
+    static route."""
 
     def ready(self, bench: Workbench, name: str) -> None:
         super().ready(bench, name)
@@ -185,16 +184,16 @@ class BestStatic(_Beside):
         if bench.is_made(name, settings):
             return folder
         started = time.monotonic()
-        counts, accuracy, dense = best_static(
+        found = best_static(
             bench.model,
             bench.tokenizer,
             read_routes(bench, self.of),
-            bench.settings.seed,
-            lambda done, total: bench.tell(f"{name}: routes tried on {done} of {total} prompts"),
+            seed=bench.settings.seed,
+            progress=lambda line: bench.tell(f"{name}, {line}"),
         )
-        attach(bench.model, static_route(counts))
+        attach(bench.model, static_route(found.counts))
         try:
-            result = {"seconds": time.monotonic() - started, "accuracy": accuracy, "accuracy_dense": dense}
+            result = {"seconds": time.monotonic() - started, **asdict(found)}
             routing_of(bench.model).provenance = {"frontier": settings, "result": result}
             sign(bench.model, folder, bench.settings.model, bench.settings.seed)
         finally:
@@ -204,16 +203,6 @@ class BestStatic(_Beside):
 
 OF_ROUTES = ("data", "seed", "model")
 """Settings of a searched row that its best static route depends on."""
-
-
-def static_route(counts: Sequence[int]) -> StaticConfig:
-    """How often each layer runs, as a method."""
-    return StaticConfig(
-        target="block",
-        layers="all",
-        skip=tuple(layer for layer, count in enumerate(counts) if count == 0),
-        repeat=tuple(layer for layer, count in enumerate(counts) if count == 2),
-    )
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,15 @@ def kept(prompt: PromptRoutes, n_layers: int, recipe: RouteRecipe) -> list[tuple
     return chosen
 
 
-def split(routes: RouteFile, tokenizer: Any, recipe: RouteRecipe, max_samples: int | None, seed: int) -> Split:
-    """The file's examples in an order that `seed` decides, the recipe's shares of the prompts put aside.
+def parted(
+    routes: RouteFile, recipe: RouteRecipe, max_samples: int | None, seed: int
+) -> tuple[list[PromptRoutes], list[PromptRoutes], list[PromptRoutes]]:
+    """The file's prompts for training, validation and to be held out, in an order that `seed` decides, by the recipe's
+    shares: of those with a route to learn from, of which `max_samples` are taken, and of as many of the others.
 
-    Raises TuningError where a part would be empty.
+    Raises TuningError where a part would have no route to learn from.
     """
-    usable = [(p, counts) for p in routes.prompts if (counts := kept(p, routes.header.n_layers, recipe))]
+    usable = [prompt for prompt in routes.prompts if kept(prompt, routes.header.n_layers, recipe)]
     if len(usable) < 3:
         raise TuningError(
             f"{len(usable)} of {len(routes.prompts)} prompts have a route to learn from (towards {recipe.towards}, "
@@ -93,22 +96,37 @@ def split(routes: RouteFile, tokenizer: Any, recipe: RouteRecipe, max_samples: i
             f"--max-samples {max_samples} leaves {max_samples} of {len(usable)} prompts that have a route to learn "
             "from, and three parts need at least one each: give 3 or more."
         )
-    random.Random(seed).shuffle(usable)
-    usable = usable[:max_samples]
-    n_validation = max(1, round(recipe.validation * len(usable)))
-    n_heldout = max(1, round(recipe.holdout * len(usable)))
+    names = {(prompt.source, prompt.id) for prompt in usable}
+    others = [prompt for prompt in routes.prompts if (prompt.source, prompt.id) not in names]
+    share = 1.0 if max_samples is None else min(1.0, max_samples / len(usable))
+    draw = random.Random(seed)
+    parts: tuple[list[PromptRoutes], list[PromptRoutes], list[PromptRoutes]] = ([], [], [])
+    for prompts, n, least in ((usable, max_samples, 1), (others, round(share * len(others)), 0)):
+        draw.shuffle(prompts)
+        prompts = prompts[:n]
+        n_validation = max(least, round(recipe.validation * len(prompts)))
+        n_heldout = max(least, round(recipe.holdout * len(prompts)))
+        cut = n_validation + n_heldout
+        for part, new in zip(
+            parts, (prompts[cut:], prompts[n_heldout:cut], prompts[:n_heldout]), strict=True
+        ):  # fmt: skip
+            part += new
+    return parts
 
-    def examples(part: list[tuple[PromptRoutes, list[tuple[int, ...]]]]) -> list[RouteExample]:
+
+def split(routes: RouteFile, tokenizer: Any, recipe: RouteRecipe, max_samples: int | None, seed: int) -> Split:
+    """The examples of each part (`parted`)."""
+
+    def examples(part: list[PromptRoutes]) -> list[RouteExample]:
         found = []
-        for prompt, routes_ in part:
+        for prompt in part:
             ids = list(tokenizer.encode(prompt.prompt.rstrip()))  # as the search reads it
             if not ids:
                 raise DataError(f"Prompt {prompt.id!r} of {prompt.source} has no token.")
-            found += [RouteExample(ids, counts) for counts in routes_]
+            found += [RouteExample(ids, counts) for counts in kept(prompt, routes.header.n_layers, recipe)]
         return found
 
-    cut = n_validation + n_heldout
-    return Split(examples(usable[cut:]), examples(usable[n_heldout:cut]), examples(usable[:n_heldout]))
+    return Split(*(examples(part) for part in parted(routes, recipe, max_samples, seed)))
 
 
 @contextmanager

@@ -1,0 +1,204 @@
+"""The one route that serves the prompts of a file best: what any choice by prompt has to beat.
+
+It starts from the dense route and takes one move after the other: a run of layers skipped, a layer repeated, or both.
+Which moves are worth trying is known from the file: a search's first routes are single moves that it drew before it
+knew anything, so that their mean gain is no luck of having been chosen. What they gain together is not known (two that
+gain alone may lose together), so that each step runs its candidates on real prompts: all of them on a few prompts, the
+better half on twice as many, and so on (successive halving).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from dynadepth.errors import DataError
+from dynadepth.methods import StaticConfig
+from dynadepth.route_file import PromptRoutes, RouteFile
+from dynadepth.search.answers import logistic
+from dynadepth.search.layers import LayerRunner
+from dynadepth.search.questions import Question
+from dynadepth.search.replay import Key, leads, questions_of
+from dynadepth.search.tree import Counts, Move, TreeSettings, made
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = 1600
+"""Most prompts that a candidate runs on."""
+
+SKIPS, REPEATS = 4, 3
+"""Moves of each kind that a step tries: those that gained most in the file, of those that fit the route."""
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One candidate that was taken."""
+
+    counts: Counts
+    """How often each layer runs now."""
+
+    gain: float
+    """Mean reward (`answers.Reply.reward`) above the route before."""
+
+    error: float
+    """Its standard error, paired by prompt."""
+
+
+@dataclass(frozen=True)
+class StaticRoute:
+    """What was chosen, with figures of the prompts that it was chosen on: they flatter it."""
+
+    counts: Counts
+    accuracy: float
+    dense: float
+    """Accuracy of the dense route on the same prompts."""
+
+    n_prompts: int
+    steps: tuple[Step, ...]
+
+
+def best_static(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: RouteFile,
+    *,
+    among: Collection[Key] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> StaticRoute:
+    """The route that gives the prompts of a file the highest mean reward, running no more layers than the dense one.
+
+    `among`: the prompts to choose by (all). A step is taken where its gain is larger than its standard error. Routes
+    are those that the file's search allows. `progress` is given lines. Raises `DataError` for a file without
+    multiple-choice prompts.
+    """
+    questions = questions_of(file, tokenizer)
+    if among is not None:
+        questions = {key: question for key, question in questions.items() if key in among}
+    if not questions:
+        raise DataError("the file of routes has no multiple-choice prompts, on which routes are compared.")
+    settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
+    moves = ranked_moves(prompt for prompt in file.prompts if (prompt.source, prompt.id) in questions)
+    trial = _Trial(LayerRunner(model), questions, seed, progress)
+    dense = route = (1,) * file.header.n_layers
+    steps: list[Step] = []
+    while candidates := candidates_of(route, moves, settings):
+        trial.stage = f"step {len(steps) + 1}"
+        best = trial.best_of(candidates)
+        gains = [now - before for now, before in zip(trial.rewards(best), trial.rewards(route), strict=True)]
+        gain, error = mean_and_error(gains)
+        if gain <= error:
+            break
+        steps.append(Step(best, gain, error))
+        route = best
+    return StaticRoute(route, trial.accuracy(route), trial.accuracy(dense), len(trial.keys), tuple(steps))
+
+
+def static_route(counts: Sequence[int]) -> StaticConfig:
+    """How often each layer runs, as a method."""
+    return StaticConfig(
+        target="block",
+        layers="all",
+        skip=tuple(layer for layer, count in enumerate(counts) if count == 0),
+        repeat=tuple(layer for layer, count in enumerate(counts) if count == 2),
+    )
+
+
+def ranked_moves(prompts: Iterator[PromptRoutes]) -> list[Move]:
+    """The single moves that the searches drew first, by their mean gain in reward over the dense route, best first."""
+    gains: dict[Move, list[float]] = {}
+    for prompt in prompts:
+        moves = ((moves_in(route.counts), route) for route in prompt.tried)
+        for move, route in takewhile(lambda pair: len(pair[0]) == 1, moves):
+            gains.setdefault(move[0], []).append(logistic(route.margin) - logistic(prompt.dense.margin))
+    return sorted(gains, key=lambda move: (-sum(gains[move]) / len(gains[move]), move))
+
+
+def moves_in(counts: Counts) -> list[Move]:
+    """The fewest moves from the dense route to this one."""
+    found: list[Move] = []
+    for layer, count in enumerate(counts):
+        if count == 0 and found and found[-1][1] and sum(found[-1]) == layer:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found += [(layer, 1)] if count == 0 else [(layer, 0)] * (count - 1)
+    return found
+
+
+def candidates_of(counts: Counts, moves: Sequence[Move], settings: TreeSettings) -> list[Counts]:
+    """What a step tries: the best moves that the route allows, alone and a skip with a repeat, where no more layers
+    run than there are."""
+
+    def fits(start: Counts, move: Move) -> bool:
+        first, n = move
+        touched = start[first : first + n] if n else start[first : first + 1]
+        return all(count == 1 for count in touched) and settings.allows(made(start, move))
+
+    fitting = [move for move in moves if fits(counts, move)]
+    skips, repeats = [m for m in fitting if m[1]][:SKIPS], [m for m in fitting if not m[1]][:REPEATS]
+    found = [made(counts, move) for move in skips + repeats]
+    found += [made(made(counts, skip), again) for skip in skips for again in repeats if fits(made(counts, skip), again)]
+    return [route for route in dict.fromkeys(found) if sum(route) <= len(route)]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error (infinite of one value)."""
+    n, mean = len(values), sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.inf
+
+
+class _Trial:
+    """Routes run on prompts, each pair once."""
+
+    def __init__(
+        self, runner: LayerRunner, questions: Mapping[Key, Question], seed: int, progress: Progress | None
+    ) -> None:
+        keys = sorted(questions)
+        random.Random(seed).shuffle(keys)
+        self.runner, self.questions, self.progress = runner, questions, progress
+        self.keys = keys[:PROMPTS]
+        self.stage = ""
+        self._leads: dict[tuple[Key, Counts], float] = {}
+
+    def best_of(self, candidates: Sequence[Counts]) -> Counts:
+        """The candidate that is left after successive halving; it ran on all prompts."""
+        rounds = max(1, math.ceil(math.log2(len(candidates))))
+        left = list(candidates)
+        for number in range(rounds, 0, -1):
+            keys = self.keys[: max(1, len(self.keys) >> (number - 1))]
+            self._run(left, keys)
+            scores = {route: sum(self._rewards(route, keys)) for route in left}
+            left = sorted(left, key=lambda route: (-scores[route], sum(route), route))[: max(1, len(left) // 2)]
+        return left[0]
+
+    def rewards(self, route: Counts) -> list[float]:
+        """Of every prompt."""
+        self._run([route], self.keys)
+        return self._rewards(route, self.keys)
+
+    def accuracy(self, route: Counts) -> float:
+        """Share of the prompts that are answered rightly."""
+        self._run([route], self.keys)
+        return sum(self._leads[key, route] > 0 for key in self.keys) / len(self.keys)
+
+    def _rewards(self, route: Counts, keys: Sequence[Key]) -> list[float]:
+        return [logistic(self._leads[key, route]) for key in keys]
+
+    def _run(self, routes: Sequence[Counts], keys: Sequence[Key]) -> None:
+        wanted = {key: [route for route in routes if (key, route) not in self._leads] for key in keys}
+        wanted = {key: missing for key, missing in wanted.items() if missing}
+        if not wanted:
+            return
+
+        def told(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"{self.stage}: {len(routes)} routes on {done} of {total} prompts")
+
+        self._leads |= leads(self.runner, {key: self.questions[key] for key in wanted}, wanted, told)
