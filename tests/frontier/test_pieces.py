@@ -21,7 +21,7 @@ from dynadepth.routed import routing_of
 @pytest.fixture
 def two(model_folder, data, tmp_path):
     """Two texts and two tasks for a fixed route."""
-    (tmp_path / "more.txt").write_text("what is a function and why is an object blue " * 700, encoding="utf-8")
+    (tmp_path / "more.txt").write_text("you me three of on you three " * 160, encoding="utf-8")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     rows = [{"query": f"why is the {n} sky", "choices": ["blue", "a class"], "gold": n % 2} for n in range(5)]
@@ -111,6 +111,8 @@ def test_pieces_together_are_one_measurement(opened, two):
     texts = evaluate(model, tokenizer, perplexity=two.perplexity, max_windows=3, compare_dense=True)
     tasks = evaluate(model, tokenizer, tasks=two.tasks, task_data=two.task_data)
     assert 0 < texts["keep_ratio"]["routed"] < 1
+    alone = [evaluate(model, tokenizer, perplexity=[file], max_windows=3)["keep_ratio"] for file in two.perplexity]
+    assert alone[0] != alone[1], "this test needs texts that are routed differently"
     for name, value in cell["text"].items():
         expected = scoring._by_file(texts[name]) if name == "perplexity" else texts[name]
         assert flat(value) == pytest.approx(flat(expected), rel=1e-6), name
