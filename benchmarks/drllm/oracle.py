@@ -1,4 +1,4 @@
-"""What routes that were found are worth, on the prompts they were found for: `oracle.py MODEL ROUTES DATA.. [SEED]`.
+"""What routes that were found are worth, on the prompts they were found for: `oracle.py MODEL ROUTES DATA..`.
 
 Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) and the mean layers run:
 
@@ -8,12 +8,13 @@ Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) 
     shuffled  for each prompt the best route of another one: what fits any prompt
     random    for each prompt a random route with as many skips and repeats as its best one
 
-and `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs every prompt's best
-route once more, alone, by the search's runner (`apart`) and, of multiple choices, as a routed model does (`attached`,
-one forward an option): the share whose verdict is the recorded one, and how far the leads are from the recorded ones,
-nats. Prints a JSON document.
+and `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs the best route of
+`--replay` prompts once more, alone, by the search's runner (`apart`) and, of multiple choices, as a routed model does
+(`attached`, one forward an option): the share whose verdict is the recorded one, and how far the leads are from the
+recorded ones, nats. Prints a JSON document.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -81,9 +82,7 @@ def compared(routes, found):
     }
 
 
-def main(model_name, routes_file, *rest):
-    seed = int(rest[-1]) if rest[-1].isdigit() else 0
-    files = [name for name in rest if not name.isdigit()]
+def main(model_name, routes_file, files, seed, replay):
     file = route_file.read(routes_file)
     model = hub.load_model(model_name, dtype=file.header.search["dtype"])
     tokenizer = hub.load_tokenizer(model_name)
@@ -102,7 +101,7 @@ def main(model_name, routes_file, *rest):
     drawn = {key: random_like(best[key], draw) for key in second}
 
     runner = LayerRunner(model)
-    static = best_static(model, tokenizer, file, among=first, seed=seed).counts
+    static = best_static(model, tokenizer, file, among=set(first), seed=seed).counts
     rows = {
         "dense": dict.fromkeys(second, dense),
         "oracle": {key: best[key] for key in second},
@@ -125,10 +124,10 @@ def main(model_name, routes_file, *rest):
     margin = file.header.search["margin"]
     controls = [prompts[key].control for key in second if prompts[key].control is not None]
     document["control"] = sum(c >= margin for c in controls) / len(controls) if controls else None
-    top = {key: prompts[key].routes[0] if prompts[key].routes else None for key in keys}
-    document["replayed"] = {"apart": compared(top, {key: apart(runner, questions[key], top[key]) for key in keys})}
+    top = {key: prompts[key].routes[0] if prompts[key].routes else None for key in keys[:replay]}
+    document["replayed"] = {"apart": compared(top, {key: apart(runner, questions[key], top[key]) for key in top})}
     attach(model, MindSkipConfig(target="block", layers="all"))
-    chosen = [key for key in keys if questions[key].options is not None]
+    chosen = [key for key in top if questions[key].options is not None]
     again = {key: attached(model, questions[key], top[key]) for key in chosen}
     document["replayed"]["attached"] = compared(top, again)
     document["provenance"] = provenance(seed=seed, dtype=model.dtype, model=file.header.model)
@@ -138,6 +137,11 @@ def main(model_name, routes_file, *rest):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("routes")
+    parser.add_argument("data", nargs="+")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", type=int, default=200)
+    given = parser.parse_args()
+    main(given.model, given.routes, given.data, given.seed, given.replay)
