@@ -65,7 +65,10 @@ class TestSearchedRoutes:
         file = save_routes(tmp_path / "routes.jsonl", model_folder, n=30)
         asked = settings("drllm-best-static", data_of={"drllm": str(file)})
         monkeypatch.setattr(searched, "best_static", lambda *_, **__: StaticRoute((1, 2, 0, 1), 0.6, 0.5, 9, ()))
+        reads, read = [], searched.read
+        monkeypatch.setattr(searched, "read", lambda *given: (reads.append(given), read(*given))[1])
         found = run_frontier(*opened, asked, tmp_path / "out")
+        assert len(reads) == 1
         (cell,) = found.cells["drllm-best-static"].values()
         assert list(cell["site_keep"].values()) == [1.0, 2.0, 0.0, 1.0]
         assert cell["against"]["row"] == "drllm"

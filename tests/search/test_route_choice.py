@@ -9,8 +9,8 @@ import pytest
 from search_data import choices, shorts, write_rows
 
 from commands import invoke
-from dynadepth import detach, hub, load, routing_of
-from dynadepth.errors import DataError
+from dynadepth import detach, hub, is_attached, load, routing_of
+from dynadepth.errors import DataError, TuningError
 from dynadepth.evaluation import evaluate
 from dynadepth.search import choice, search_files
 from dynadepth.search.choice import ROUTERS, STATIC, choose_from_routes
@@ -75,7 +75,7 @@ def test_the_static_route_is_saved_where_routers_are_no_better(opened, routes_fi
     assert found.validation[STATIC].layers == found.heldout[STATIC].layers == 4.0
     detach(model)
     load(model, tmp_path / "out")
-    config, saved = routing_of(model).config, routing_of(model).provenance["choice"]
+    config, saved = routing_of(model).config, routing_of(model).provenance["result"]["choice"]
     assert (config.name, config.skip, config.repeat) == ("static", (2,), (1,))
     assert saved["chosen"] == STATIC
     assert saved["validation"]["dense"]["difference"] == [0.0, 0.0, 0.0]
@@ -87,8 +87,8 @@ def test_figures_are_those_of_eval_on_prompts_that_decided_nothing(opened, route
     found = choose_from_routes(model, tokenizer, routes_file, RECIPE, out=tmp_path / "out", with_routers=False)
     assert (found.chosen, found.why, found.routers) == (STATIC, "asked for", None)
     file = choice.read(routes_file)
-    training, validation, heldout = parted(file, RECIPE, None, 0)
-    assert fixed["among"] == {(p.source, p.id) for p in training}
+    training, validation, heldout = parted(file, RECIPE, None, 0, learnable=False)
+    assert fixed["among"] == {(p.source, p.id) for p in training if p.options is not None}
     names = {(p.source, p.id) for part in (validation, heldout) for p in part}
     assert not names & fixed["among"]
     queries = {p.id: p.prompt.removeprefix("Question: ").removesuffix("\nAnswer:") for p in heldout}
@@ -105,30 +105,48 @@ def test_figures_are_those_of_eval_on_prompts_that_decided_nothing(opened, route
 
 
 def test_routers_are_chosen_beyond_the_noise_alone():
-    compared = object.__new__(choice._Compared)
-    compared.n = 40
-    compared.right = {"dense": [0.0] * 40, STATIC: [0.0] * 40, ROUTERS: [1.0] * 30 + [0.0] * 10}
-    assert compared.judged(0)[0] == ROUTERS
-    compared.right[ROUTERS] = [1.0] + [0.0] * 39
-    chosen, why = compared.judged(0)
+    side = object.__new__(choice._Side)
+    side.seed, side._right = 0, {"dense": [0.0] * 40, STATIC: [0.0] * 40, ROUTERS: [1.0] * 30 + [0.0] * 10}
+    assert side.judged()[0] == ROUTERS
+    side._right[ROUTERS] = [1.0] + [0.0] * 39
+    chosen, why = side.judged()
     assert chosen == STATIC
     assert why.startswith("routers answer 2.5% of 40 prompts rightly, the static route 0.0%; difference +0.0 to ")
 
 
 def test_routers_that_are_better_stay(opened, routes_file, fixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(choice._Compared, "judged", lambda self, seed: (ROUTERS, "better"))
+    monkeypatch.setattr(choice._Side, "judged", lambda self: (ROUTERS, "better"))
     model, tokenizer = opened
     choose_from_routes(model, tokenizer, routes_file, RECIPE, out=tmp_path / "out")
     detach(model)
     load(model, tmp_path / "out")
     assert routing_of(model).config.name == "drllm"
-    assert routing_of(model).provenance["choice"]["chosen"] == ROUTERS
+    assert routing_of(model).provenance["result"]["choice"]["chosen"] == ROUTERS
 
 
-def test_prompts_without_options_cannot_be_compared(opened, routes_file, fixed, tmp_path, monkeypatch):
+def test_prompts_without_options_cannot_be_compared(opened, routes_file, tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "questions_of", lambda file, tokenizer: {})
-    with pytest.raises(DataError, match="none of the prompts put aside is a multiple choice"):
+    monkeypatch.setattr(choice, "best_static", lambda *_, **__: pytest.fail("found out late"))
+    with pytest.raises(DataError, match="none of the validation prompts is a multiple choice"):
         choose_from_routes(*opened, routes_file, RECIPE, out=tmp_path / "out", with_routers=False)
+    assert not is_attached(opened[0])
+
+
+def test_a_static_route_needs_no_prompt_with_a_kept_route(opened, routes_file, fixed, tmp_path):
+    strict = replace(RECIPE, margin=1e9)
+    with pytest.raises(TuningError, match="0 of 22 prompts have a route to learn from"):
+        choose_from_routes(*opened, routes_file, strict, out=tmp_path / "out")
+    found = choose_from_routes(*opened, routes_file, strict, out=tmp_path / "out", with_routers=False)
+    assert found.n_train + found.n_validation + found.n_heldout == 20
+
+
+def test_the_static_route_is_compared_as_it_is_saved(opened, routes_file, fixed, tmp_path):
+    """Whatever layers the recipe gives the routers."""
+    few = replace(RECIPE, method={**RECIPE.method, "layers": [0]})
+    found = choose_from_routes(*opened, routes_file, few, out=tmp_path / "few")
+    assert found.validation[STATIC].layers == 4.0
+    alone = choose_from_routes(detach(opened[0]), opened[1], routes_file, RECIPE, out=tmp_path / "all")
+    assert found.validation[STATIC] == alone.validation[STATIC]
 
 
 @pytest.mark.parametrize("method", ["static", "auto"])
@@ -144,3 +162,5 @@ def test_the_command_says_what_it_chose(model_folder, routes_file, tmp_path, met
     assert (document["routers"] is None) is (method == "static")
     shown = invoke("info", tmp_path / "out")
     assert shown.exit_code == 0, shown.output
+    assert "chosen" in shown.stdout
+    assert f"{document['n_train']} samples" in " ".join(shown.stdout.split())

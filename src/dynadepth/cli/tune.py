@@ -101,6 +101,8 @@ def tune(
     """
 
     def interrupted() -> str:
+        if routes is not None and method == "static":
+            return f"nothing was saved in {out_dir}; the same command starts anew."
         if routes is not None:
             return f"{out_dir} holds the best routers so far, if an epoch was over; the same command starts anew."
         if (out_dir / "routing_config.json").is_file():
@@ -323,7 +325,7 @@ def _tell_choice(choice: Any, tuned: Any, model: str, out_dir: Path) -> None:
     if choice.routers is not None:
         console.print(Text(choice.why))
     layers = {f"{layer}.block": count for layer, count in enumerate(choice.static.counts)}
-    dense = "" if choice.static.steps else " (dense: no move gains more than its standard error)"
+    dense = "" if choice.static.steps else " (dense: no move gains beyond the noise)"
     console.print(Text(f"static route: {strip(layers, routing_of(tuned).n_layers)}{dense}"))
     words = ["dynadepth", "generate", model, "--routers", str(out_dir), "--prompt", "Why is the sky blue?"]
     console.print(Text(f"Saved in {out_dir}. Next:\n  {shlex.join([*words, '--show-route'])}"))

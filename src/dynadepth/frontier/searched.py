@@ -31,7 +31,7 @@ from dynadepth.route_file import RouteFile, read
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
-from dynadepth.search.static import best_static, static_route
+from dynadepth.search.static import SELECTION, best_static, static_route
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
 
@@ -51,8 +51,10 @@ def routes_file(bench: Workbench, name: str) -> str:
 
 
 def read_routes(bench: Workbench, name: str) -> RouteFile:
-    """What it holds; it must be this model's, and its routes repeat a layer once at most."""
+    """What it holds, read once; it must be this model's, and its routes repeat a layer once at most."""
     path = routes_file(bench, name)
+    if path in bench.routes:
+        return bench.routes[path]
     file = read(path, adapter.identity(bench.model, decoder_layers(bench.model)))
     most = max((count for prompt in file.prompts for route in prompt.routes for count in route.counts), default=0)
     if most > 2:
@@ -60,6 +62,7 @@ def read_routes(bench: Workbench, name: str) -> RouteFile:
             f"{path} has routes that execute a layer {most} times, and a routed model repeats it once at most: search "
             "with --repeats 1."
         )
+    bench.routes[path] = file
     return file
 
 
@@ -180,7 +183,8 @@ class BestStatic(_Beside):
 
     def _folder(self, bench: Workbench, name: str) -> Path:
         folder = bench.out / ROUTERS / name
-        settings = plain({"best static": {key: self.row.settings(bench, self.of)["tuning"][key] for key in OF_ROUTES}})
+        of_routes = {key: self.row.settings(bench, self.of)["tuning"][key] for key in OF_ROUTES}
+        settings = plain({"best static": {**of_routes, "selection": SELECTION}})
         if bench.is_made(name, settings):
             return folder
         started = time.monotonic()

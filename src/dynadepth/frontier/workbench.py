@@ -25,6 +25,7 @@ from dynadepth.model import attach, detach
 from dynadepth.recipe_files import difference
 from dynadepth.report.cells import ROUTERS, Cell, cell_name, plain
 from dynadepth.report.stamp import model_facts, sign
+from dynadepth.route_file import RouteFile
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
@@ -53,6 +54,8 @@ class Workbench:
     """Takes what has to stay on the screen."""
     finished: dict[str, Cell] = field(default_factory=dict)
     """Cells by name."""
+    routes: dict[str, RouteFile] = field(default_factory=dict)
+    """Files of searched routes that were read, by path."""
     _examples: dict[tuple[Any, ...], list[Example]] = field(default_factory=dict)
     _damaged: set[str] = field(default_factory=set)
     """Rows whose damaged routers were said."""

@@ -50,7 +50,9 @@ class Reply:
 
 
 def logistic(margin: float) -> float:
-    """Share of two alternatives' probability that belongs to the one which is ahead by `margin` nats."""
+    """Share of two alternatives' probability that belongs to the one which is ahead by `margin` nats; 0 of nan."""
+    if math.isnan(margin):
+        return 0.0
     return 1 / (1 + math.exp(-max(-60.0, min(60.0, margin))))
 
 

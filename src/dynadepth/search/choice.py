@@ -1,16 +1,15 @@
 """What a file of routes gives a model in the end: routers that choose by prompt, or the one route that serves all
-prompts best (`static.best_static`). Whichever answers more of the prompts that neither learnt from, run as it will be.
+prompts best (`static.best_static`). Whichever answers more of the validation prompts, run as it will be.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,16 +17,16 @@ from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import DataError
 from dynadepth.evaluation.continuations import ContinuationScorer, Request
-from dynadepth.model import attach, detach, disabled, fixed_routes, save
-from dynadepth.route_file import PromptRoutes, read
+from dynadepth.model import attach, detach, disabled, save
+from dynadepth.route_file import read
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.recorder import recording
 from dynadepth.search.questions import Question
-from dynadepth.search.replay import Key, questions_of
+from dynadepth.search.replay import questions_of
 from dynadepth.search.static import StaticRoute, best_static, static_route
 from dynadepth.statistics import paired_bootstrap
 from dynadepth.tuning.data import pad_token_id
-from dynadepth.tuning.from_routes import RouteTuneResult, tune_from_routes
+from dynadepth.tuning.from_routes import RouteTuneResult, learnt_from, tune_from_routes
 from dynadepth.tuning.route_data import parted
 from dynadepth.tuning.route_recipe import RouteRecipe
 from dynadepth.tuning.trainer import Progress
@@ -66,6 +65,9 @@ class RouteChoice:
     """In words."""
 
     static: StaticRoute
+    n_train: int
+    """Multiple-choice prompts that the static route was chosen by."""
+
     n_validation: int
     validation: dict[str, Answered]
     """`dense`, `static` and, where there are any, `routers`: of the prompts that decide."""
@@ -99,100 +101,98 @@ def choose_from_routes(
     started = time.monotonic()
     base = unwrapped(model)
     file = read(routes, adapter.identity(base, decoder_layers(base)))
-    training, validation, heldout = parted(file, recipe, max_samples, seed)
+    prompts = parted(file, recipe, max_samples, seed, learnable=with_routers)
+    questions = questions_of(file, tokenizer)
+    training, validation, heldout = ([q for p in part if (q := questions.get((p.source, p.id)))] for part in prompts)
+    for name, part in (("validation", validation), ("held-out", heldout)):
+        if not part:
+            raise DataError(
+                f"none of the {name} prompts is a multiple choice, on which routes are compared: search more of them, "
+                "or tune with --method drllm."
+            )
 
     def tell(line: str) -> None:
         if progress is not None:
             progress(f"best static route, {line}", 0, 0, {})
 
-    static = best_static(model, tokenizer, file, among=_keys(training), seed=seed, progress=tell)
+    names = {(question.source, question.id) for question in training}
+    static = best_static(model, tokenizer, file, among=names, seed=seed, progress=tell)
+    sides = _Side(model, tokenizer, validation, seed), _Side(model, tokenizer, heldout, seed)
+    attach(model, static_route(static.counts))
+    for side in sides:
+        with disabled(model):
+            side.answer("dense")
+        side.answer(STATIC)
     tuned = None
     if with_routers:
+        detach(model)
         tuned = tune_from_routes(
             model, tokenizer, routes, recipe, out=out, max_samples=max_samples, seed=seed, progress=progress
         )
-    else:
-        attach(model, static_route(static.counts))
-    questions = questions_of(file, tokenizer)
-    decides, other = (
-        _Compared(model, tokenizer, [questions[key] for key in _keys(part) if key in questions], static, with_routers)
-        for part in (validation, heldout)
-    )
-    chosen, why = decides.judged(seed)
-    if chosen == STATIC and with_routers:
-        provenance = routing_of(model).provenance
-        detach(model)
-        attach(model, static_route(static.counts))
-        routing_of(model).provenance = provenance
+        for side in sides:
+            side.answer(ROUTERS)
+    chosen, why = sides[0].judged()
+    provenance = routing_of(model).provenance
+    if chosen == STATIC:
+        if with_routers:
+            detach(model)
+            attach(model, static_route(static.counts))
+        provenance = learnt_from(routes, file, recipe, seed)
     result = RouteChoice(
         directory=str(out),
         seconds=time.monotonic() - started,
         chosen=chosen,
         why=why,
         static=static,
-        n_validation=decides.n,
-        validation=decides.answered(seed),
-        n_heldout=other.n,
-        heldout=other.answered(seed),
+        n_train=len(training),
+        n_validation=len(validation),
+        validation=sides[0].answered,
+        n_heldout=len(heldout),
+        heldout=sides[1].answered,
         routers=tuned,
     )
-    told = {name: value for name, value in asdict(result).items() if name not in ("directory", "routers")}
-    routing_of(model).provenance["choice"] = told
+    choice = {name: value for name, value in asdict(result).items() if name not in ("directory", "routers")}
+    mine = {"seconds": result.seconds, "n_train": result.n_train} if chosen == STATIC else provenance["result"]
+    routing_of(model).provenance = {**provenance, "result": {**mine, "choice": choice}}
     save(model, out)
     return result
 
 
-def _keys(prompts: Sequence[PromptRoutes]) -> list[Key]:
-    return [(prompt.source, prompt.id) for prompt in prompts]
-
-
-class _Compared:
-    """Prompts answered by the dense model, under the static route and, where there are any, under the routers'."""
+class _Side:
+    """Prompts that were put aside, answered in several ways."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         questions: Sequence[Question],
-        static: StaticRoute,
-        with_routers: bool,
+        seed: int,
     ) -> None:
-        if not questions:
-            raise DataError(
-                "none of the prompts put aside is a multiple choice, on which a static route and routers are compared: "
-                "search more of them, or tune with --method drllm."
-            )
-        route = {site: static.counts[site.layer] for site in routing_of(model).sites}
-        ways: dict[str, AbstractContextManager[Any]] = {"dense": disabled(model), STATIC: fixed_routes(model, route)}
-        if with_routers:
-            ways[ROUTERS] = nullcontext()
-        self.n = len(questions)
-        self.right: dict[str, list[float]] = {}
-        self.layers: dict[str, float] = {}
-        for name, way in ways.items():
-            with way, recording() as record:
-                self.right[name] = _right(model, questions, pad_token_id(tokenizer))
-            depth = record.depth("prefill")
-            self.layers[name] = float(routing_of(model).n_layers) if depth is None else depth
+        self.model, self.questions, self.seed = model, questions, seed
+        self.pad = pad_token_id(tokenizer)
+        self.answered: dict[str, Answered] = {}
+        self._right: dict[str, list[float]] = {}
 
-    def answered(self, seed: int) -> dict[str, Answered]:
-        """The figures."""
-        found, dense = {}, self.right["dense"]
-        for name, right in self.right.items():
-            accuracy, low_high = sum(right) / self.n, paired_bootstrap(right, dense, seed=seed)
-            found[name] = Answered(accuracy, (accuracy - sum(dense) / self.n, *low_high), self.layers[name])
-        return found
+    def answer(self, name: str) -> None:
+        """Answers all prompts with the model as it stands; `dense` comes first."""
+        with recording() as record:
+            right = self._right[name] = _right(self.model, self.questions, self.pad)
+        depth, dense = record.depth("prefill"), self._right["dense"]
+        accuracy = sum(right) / len(right)
+        low, high = paired_bootstrap(right, dense, seed=self.seed)
+        layers = float(routing_of(self.model).n_layers) if depth is None else depth
+        self.answered[name] = Answered(accuracy, (accuracy - sum(dense) / len(dense), low, high), layers)
 
-    def judged(self, seed: int) -> tuple[str, str]:
+    def judged(self) -> tuple[str, str]:
         """What is better, and why."""
-        if ROUTERS not in self.right:
+        if ROUTERS not in self._right:
             return STATIC, "asked for"
-        static, routers = self.right[STATIC], self.right[ROUTERS]
-        low, high = paired_bootstrap(routers, static, seed=seed)
-        chosen = ROUTERS if low > 0 else STATIC
-        return chosen, (
-            f"routers answer {sum(routers) / self.n:.1%} of {self.n} prompts rightly, the static route "
-            f"{sum(static) / self.n:.1%}; difference {100 * low:+.1f} to {100 * high:+.1f} points"
+        static, routers = self._right[STATIC], self._right[ROUTERS]
+        low, high = paired_bootstrap(routers, static, seed=self.seed)
+        n = len(static)
+        return ROUTERS if low > 0 else STATIC, (
+            f"routers answer {sum(routers) / n:.1%} of {n} prompts rightly, the static route {sum(static) / n:.1%}; "
+            f"difference {100 * low:+.1f} to {100 * high:+.1f} points"
         )
 
 

@@ -4,7 +4,8 @@ It starts from the dense route and takes one move after the other: a run of laye
 Which moves are worth trying is known from the file: a search's first routes are single moves that it drew before it
 knew anything, so that their mean gain is no luck of having been chosen. What they gain together is not known (two that
 gain alone may lose together), so that each step runs its candidates on real prompts: all of them on a few prompts, the
-better half on twice as many, and so on (successive halving).
+better half on twice as many, and so on (successive halving). The best of many is flattered by having been chosen: what
+it gains is measured on other prompts, and it is taken where that is beyond the noise.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = 1600
-"""Most prompts that a candidate runs on."""
+"""Most prompts that choose among candidates, and most of those that judge the one chosen."""
+
+BEYOND = 1.645
+"""Standard errors that a step has to gain: what chance gives one in twenty."""
 
 SKIPS, REPEATS = 4, 3
 """Moves of each kind that a step tries: those that gained most in the file, of those that fit the route."""
+
+SELECTION = {"prompts": PROMPTS, "skips": SKIPS, "repeats": REPEATS, "beyond": BEYOND}
+"""What the choice depends on beside the file, the model and the seed."""
 
 Progress = Callable[[str], object]
 
@@ -45,7 +52,7 @@ class Step:
     """How often each layer runs now."""
 
     gain: float
-    """Mean reward (`answers.Reply.reward`) above the route before."""
+    """Mean reward (`answers.Reply.reward`) above the route before, on the prompts that judge."""
 
     error: float
     """Its standard error, paired by prompt."""
@@ -53,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StaticRoute:
-    """What was chosen, with figures of the prompts that it was chosen on: they flatter it."""
+    """What was chosen, with figures of the prompts that judged the steps."""
 
     counts: Counts
     accuracy: float
@@ -61,6 +68,8 @@ class StaticRoute:
     """Accuracy of the dense route on the same prompts."""
 
     n_prompts: int
+    """How many these are; about as many others chose among the candidates."""
+
     steps: tuple[Step, ...]
 
 
@@ -75,15 +84,18 @@ def best_static(
 ) -> StaticRoute:
     """The route that gives the prompts of a file the highest mean reward, running no more layers than the dense one.
 
-    `among`: the prompts to choose by (all). A step is taken where its gain is larger than its standard error. Routes
-    are those that the file's search allows. `progress` is given lines. Raises `DataError` for a file without
-    multiple-choice prompts.
+    `among`: the prompts to use (all); a half of them chooses among candidates, the other judges the one chosen. Routes
+    are those that the file's search allows. `progress` is given lines. Raises `DataError` for a file with fewer than
+    two multiple-choice prompts.
     """
     questions = questions_of(file, tokenizer)
     if among is not None:
         questions = {key: question for key, question in questions.items() if key in among}
-    if not questions:
-        raise DataError("the file of routes has no multiple-choice prompts, on which routes are compared.")
+    if len(questions) < 2:
+        raise DataError(
+            f"routes are compared on multiple-choice prompts, of which the file of routes has {len(questions)} to use: "
+            "search more of them."
+        )
     settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
     moves = ranked_moves(prompt for prompt in file.prompts if (prompt.source, prompt.id) in questions)
     trial = _Trial(LayerRunner(model), questions, seed, progress)
@@ -92,13 +104,13 @@ def best_static(
     while candidates := candidates_of(route, moves, settings):
         trial.stage = f"step {len(steps) + 1}"
         best = trial.best_of(candidates)
-        gains = [now - before for now, before in zip(trial.rewards(best), trial.rewards(route), strict=True)]
+        gains = [now - before for now, before in zip(trial.judged(best), trial.judged(route), strict=True)]
         gain, error = mean_and_error(gains)
-        if gain <= error:
+        if gain <= BEYOND * error:
             break
         steps.append(Step(best, gain, error))
         route = best
-    return StaticRoute(route, trial.accuracy(route), trial.accuracy(dense), len(trial.keys), tuple(steps))
+    return StaticRoute(route, trial.accuracy(route), trial.accuracy(dense), len(trial.judges), tuple(steps))
 
 
 def static_route(counts: Sequence[int]) -> StaticConfig:
@@ -163,12 +175,13 @@ class _Trial:
         keys = sorted(questions)
         random.Random(seed).shuffle(keys)
         self.runner, self.questions, self.progress = runner, questions, progress
-        self.keys = keys[:PROMPTS]
+        half = len(keys) // 2
+        self.keys, self.judges = keys[:half][:PROMPTS], keys[half:][:PROMPTS]
         self.stage = ""
         self._leads: dict[tuple[Key, Counts], float] = {}
 
     def best_of(self, candidates: Sequence[Counts]) -> Counts:
-        """The candidate that is left after successive halving; it ran on all prompts."""
+        """The candidate that is left after successive halving; it ran on all prompts that choose."""
         rounds = max(1, math.ceil(math.log2(len(candidates))))
         left = list(candidates)
         for number in range(rounds, 0, -1):
@@ -178,15 +191,15 @@ class _Trial:
             left = sorted(left, key=lambda route: (-scores[route], sum(route), route))[: max(1, len(left) // 2)]
         return left[0]
 
-    def rewards(self, route: Counts) -> list[float]:
-        """Of every prompt."""
-        self._run([route], self.keys)
-        return self._rewards(route, self.keys)
+    def judged(self, route: Counts) -> list[float]:
+        """Rewards on the prompts that judge."""
+        self._run([route], self.judges)
+        return self._rewards(route, self.judges)
 
     def accuracy(self, route: Counts) -> float:
-        """Share of the prompts that are answered rightly."""
-        self._run([route], self.keys)
-        return sum(self._leads[key, route] > 0 for key in self.keys) / len(self.keys)
+        """Share of these prompts that are answered rightly."""
+        self._run([route], self.judges)
+        return sum(self._leads[key, route] > 0 for key in self.judges) / len(self.judges)
 
     def _rewards(self, route: Counts, keys: Sequence[Key]) -> list[float]:
         return [logistic(self._leads[key, route]) for key in keys]

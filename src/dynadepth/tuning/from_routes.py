@@ -27,7 +27,7 @@ from dynadepth.budget import forward, prompts_to_batches
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods.drllm import ACTIONS, class_weights, focal_loss
 from dynadepth.model import attach, detach, save
-from dynadepth.route_file import read
+from dynadepth.route_file import RouteFile, read
 from dynadepth.routed import is_attached, routing_of, unwrapped
 from dynadepth.routing.recorder import recording
 from dynadepth.tuning.data import pad_token_id
@@ -94,12 +94,7 @@ def tune_from_routes(
     torch.manual_seed(seed)
     attach(model, config)
     routing = routing_of(model)
-    routing.provenance = {
-        "recipe": recipe.to_dict(),
-        "seed": seed,
-        "routes": {"file": Path(routes).name, "search": found.header.search, "provenance": found.header.provenance},
-        "n_train": len(parts.training),
-    }
+    routing.provenance = {**learnt_from(routes, found, recipe, seed), "n_train": len(parts.training)}
     try:
         with quietly(base):
             result = _tune(model, parts, recipe, pad, Path(out), seed, started, progress)
@@ -109,6 +104,12 @@ def tune_from_routes(
     routing.provenance["result"] = {k: v for k, v in asdict(result).items() if k != "directory"}
     save(model, out)
     return result
+
+
+def learnt_from(path: str | Path, file: RouteFile, recipe: RouteRecipe, seed: int) -> dict[str, Any]:
+    """The provenance of what was made from a file of routes."""
+    routes = {"file": Path(path).name, "search": file.header.search, "provenance": file.header.provenance}
+    return {"recipe": recipe.to_dict(), "seed": seed, "routes": routes}
 
 
 def _tune(

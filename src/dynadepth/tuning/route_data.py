@@ -77,14 +77,15 @@ def kept(prompt: PromptRoutes, n_layers: int, recipe: RouteRecipe) -> list[tuple
 
 
 def parted(
-    routes: RouteFile, recipe: RouteRecipe, max_samples: int | None, seed: int
+    routes: RouteFile, recipe: RouteRecipe, max_samples: int | None, seed: int, learnable: bool = True
 ) -> tuple[list[PromptRoutes], list[PromptRoutes], list[PromptRoutes]]:
     """The file's prompts for training, validation and to be held out, in an order that `seed` decides, by the recipe's
-    shares: of those with a route to learn from, of which `max_samples` are taken, and of as many of the others.
+    shares: of those with a route to learn from, of which `max_samples` are taken, and of as many of the others. Where
+    nothing is learnt from single routes (not `learnable`) all prompts are alike.
 
     Raises TuningError where a part would have no route to learn from.
     """
-    usable = [prompt for prompt in routes.prompts if kept(prompt, routes.header.n_layers, recipe)]
+    usable = [p for p in routes.prompts if not learnable or kept(p, routes.header.n_layers, recipe)]
     if len(usable) < 3:
         raise TuningError(
             f"{len(usable)} of {len(routes.prompts)} prompts have a route to learn from (towards {recipe.towards}, "
