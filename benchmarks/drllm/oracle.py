@@ -1,6 +1,7 @@
 """What routes that were found are worth, on the prompts they were found for: `oracle.py MODEL ROUTES DATA..`.
 
-Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) and the mean layers run:
+Of multiple-choice prompts. Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) and the mean
+layers run:
 
     dense     every layer once
     oracle    for each prompt the best route that the search kept, dense where it kept none: knows the answer
@@ -9,9 +10,9 @@ Rows, each the accuracy on the second half of the prompts (by a seeded shuffle) 
     random    for each prompt a random route with as many skips and repeats as its best one
 
 and `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs the best route of
-`--replay` prompts once more, alone, by the search's runner (`apart`) and, of multiple choices, as a routed model does
-(`attached`, one forward an option): the share whose verdict is the recorded one, and how far the leads are from the
-recorded ones, nats. Prints a JSON document.
+`--replay` prompts once more, alone, by the search's runner (`apart`) and as a routed model does (`attached`, one
+forward an option): the share whose verdict is the recorded one, and how far the leads are from the recorded ones,
+nats. Prints a JSON document.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def main(model_name, routes_file, files, seed, replay):
     file.check_model(routes_file, adapter.identity(model, decoder_layers(model)))
     prompts = {(prompt.source, prompt.id): prompt for prompt in file.prompts}
     loaded, _ = load_questions(files, tokenizer)
-    questions = {(q.source, q.id): q for q in loaded if (q.source, q.id) in prompts}
+    questions = {(q.source, q.id): q for q in loaded if q.options is not None and (q.source, q.id) in prompts}
     keys = sorted(questions)
     draw = random.Random(seed)
     draw.shuffle(keys)
@@ -127,8 +128,7 @@ def main(model_name, routes_file, files, seed, replay):
     top = {key: prompts[key].routes[0] if prompts[key].routes else None for key in keys[:replay]}
     document["replayed"] = {"apart": compared(top, {key: apart(runner, questions[key], top[key]) for key in top})}
     attach(model, MindSkipConfig(target="block", layers="all"))
-    chosen = [key for key in top if questions[key].options is not None]
-    again = {key: attached(model, questions[key], top[key]) for key in chosen}
+    again = {key: attached(model, questions[key], top[key]) for key in top}
     document["replayed"]["attached"] = compared(top, again)
     document["provenance"] = provenance(seed=seed, dtype=model.dtype, model=file.header.model)
     document["provenance"]["command"] = " ".join(["python", "benchmarks/drllm/oracle.py", *sys.argv[1:]])

@@ -171,6 +171,19 @@ def test_prompts_whose_rests_are_about_as_long_share_a_batch(llama, tokenizer):
     torch.testing.assert_close(sums(found), sums(expected), rtol=1e-4, atol=1e-3)
 
 
+def test_where_it_pads_less_prompts_as_long_share_a_batch(llama, tokenizer):
+    """Long prompts of two lengths, with short rests."""
+    read = []
+    llama.register_forward_pre_hook(lambda _, __, x: read.append(x["input_ids"].shape), with_kwargs=True)
+    requests = [
+        r
+        for i, rest in enumerate(("ab", "abc", "abcd", "abcde"))
+        for r in question(i, [(f"Dog {i}" * (8 if i % 2 else 2), f" {rest}{o}") for o in ("xy", "zw")])
+    ]
+    make_lm(llama, tokenizer, 2).loglikelihood(requests)
+    assert [shape for shape in read if shape[0] == 2] == [(2, 40), (2, 10)]
+
+
 def test_models_without_positions_or_caches_to_select_are_read_row_by_row(llama, tokenizer, monkeypatch):
     lm, requests = make_lm(llama, tokenizer), multiple_choice()
     expected = sums(lm.loglikelihood(requests))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from runs import settings_for
 
-from dynadepth import attach
+from dynadepth import attach, detach
+from dynadepth.errors import DataError
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier import scoring
+from dynadepth.frontier.pieces import Pieces, state_of
 from dynadepth.frontier.run import run_frontier
-from dynadepth.methods import MindSkipConfig
+from dynadepth.methods import MindSkipConfig, StaticConfig
 from dynadepth.report.cells import read_cell
 from dynadepth.routed import routing_of
 
@@ -96,6 +99,45 @@ def test_a_damaged_piece_and_one_of_other_settings_are_measured_again(opened, tw
     evaluated.stop = None
     run_frontier(*opened, replace(two, limit=2), tmp_path)
     assert evaluated.seen == ALL * 2
+
+
+def test_what_json_cannot_hold_is_measured_again(tmp_path):
+    measured, pieces = [], Pieces(tmp_path, "0", {})
+
+    def measure():
+        measured.append(1)
+        return {"kl": math.nan if len(measured) < 3 else 0.5, "rows": [1.0]}
+
+    assert math.isnan(pieces("text a", measure)["kl"])
+    assert math.isnan(pieces("text a", measure)["kl"])
+    assert pieces("text a", measure) == pieces("text a", measure) == {"kl": 0.5, "rows": [1.0]}
+    assert len(measured) == 3
+    (tmp_path / "0 text a.json").write_text('{"format": 1, "settings": {}}', encoding="utf-8")
+    pieces("text a", measure)
+    assert len(measured) == 4
+
+
+def test_pieces_are_of_one_routed_model(opened):
+    model, _ = opened
+    assert state_of(model) == "bare"
+    attach(model, MindSkipConfig())
+    before = state_of(model)
+    assert before == state_of(model) != "bare"
+    with torch.no_grad():
+        next(iter(routing_of(model).routers().values())).weight.flatten()[0] += 1
+    assert state_of(model) != before
+    detach(model)
+    attach(model, StaticConfig(skip=(1,)))
+    static = state_of(model)
+    detach(model)
+    attach(model, StaticConfig(skip=(2,)))
+    assert state_of(model) != static
+
+
+def test_an_unknown_task_is_said_before_anything_is_measured(opened, two, tmp_path, evaluated):
+    with pytest.raises(DataError, match="delta"):
+        run_frontier(*opened, replace(two, tasks=("beta", "delta")), tmp_path)
+    assert evaluated.seen == []
 
 
 def test_pieces_together_are_one_measurement(opened, two):

@@ -91,6 +91,9 @@ def show(results: dict[str, Any]) -> None:
                 interval = task.get("diff_vs_dense")
                 row += [_score(dense["tasks"][name]), _interval(interval)]
             grid.add_row(*row)
+            if dense and task["metric"] == "acc_norm" and task["acc"] is not None:
+                others = (number(task["acc"]), "", "", number(dense["tasks"][name]["acc"]))
+                grid.add_row("", "acc", *others, _interval(task.get("acc_diff_vs_dense")))
         if len(results["tasks"]) > 1:
             row = ["average", "", number(results["average"]), "", ""]
             grid.add_row(*row, *([number(dense["average"]), ""] if dense else []))

@@ -109,14 +109,15 @@ def evaluate(
         if count:
             out["kl"] = sum(d.kl * d.n_tokens for d in divergences.values()) / count
             out["agreement"] = sum(d.agreement * d.n_tokens for d in divergences.values()) / count
+    done = spent()
     if with_rows:
         out["rows"] = {
             "tasks": {name: list(result.rows) for name, result in results.items()},
             "perplexity": {file: list(figures.rows) for file, figures in measured.items()},
             "kl": {file: list(d.rows) for file, d in divergences.items()},
         }
-        out["spent"] = asdict(spent())
-    return out | spent().figures(model)
+        out["spent"] = asdict(done)
+    return out | done.figures(model)
 
 
 def _check_positions(file: str, lengths: Mapping[str, Any], positions: int | None) -> None:

@@ -32,7 +32,7 @@ SHORTEST_SHARED = 4
 """A prompt of fewer tokens (a lone `<bos>`, say) is not worth a cache."""
 
 RUN = 32
-"""Batches of prompts about as long, among which those whose rests are about as long are put together."""
+"""Batches of prompts about as long, among which those whose rests are about as long may be put together."""
 
 MOST_RESTS = 8
 """At most so many rests continue one prompt in one forward; more are further entries of the batch."""
@@ -92,8 +92,7 @@ class ContinuationScorer:
                 alone += [(prompt, rest) for rest in rests]
         alone.sort(key=lambda row: (len(row[0]) + len(row[1]), row), reverse=True)
         shared.sort(key=lambda row: (len(row[0]), row[0]), reverse=True)
-        runs = _batched(shared, RUN * batch_size)
-        shared = [row for run in runs for row in sorted(run, key=lambda row: max(map(len, row[1])), reverse=True)]
+        shared = [row for run in _batched(shared, RUN * batch_size) for row in _ordered(run, batch_size)]
 
         answers: dict[int, Answer] = {}
         for batch in _batched(alone, batch_size):
@@ -216,6 +215,19 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
+
+
+def _ordered(run: list[tuple[Tokens, Rests]], batch_size: int) -> list[tuple[Tokens, Rests]]:
+    """By the length of the prompts, as they come, or of the longest rests: whichever pads less."""
+
+    def read(order: list[tuple[Tokens, Rests]]) -> int:
+        total = 0
+        for batch in _batched(order, batch_size):
+            rests = [len(rest) for _, rests in batch for rest in rests]
+            total += max(len(prompt) for prompt, _ in batch) * len(batch) + max(rests) * len(rests)
+        return total
+
+    return min(run, sorted(run, key=lambda row: max(map(len, row[1])), reverse=True), key=read)
 
 
 def _takes_positions(model: Any) -> bool:

@@ -46,7 +46,7 @@ class Spent:
         n = sum(part["sequences"] for part in parts)
 
         def mean(name: str) -> dict[str, float]:
-            sites = parts[0][name] if n else {}
+            sites = dict.fromkeys(site for part in parts for site in part[name])
             return {site: sum(part[name].get(site, 0.0) * part["sequences"] for part in parts) / n for site in sites}
 
         inputs, tokens = (sum(part[name] for part in parts) for name in ("inputs", "tokens"))

@@ -3,39 +3,63 @@ run loses no more than one of them. They go when the cell is written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dynadepth.errors import DataError
+from dynadepth.provenance import finite
 from dynadepth.recipe_files import difference
 from dynadepth.report.cells import FORMAT, PIECES, plain, read_json, write_json
+from dynadepth.routed import is_attached, routing_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Pieces:
     """Those of one model as it stands: a cell's, or the part of a cell that stands for a share of the inputs."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], part: int) -> None:
-        """`folder`: the cell's; `settings`: what the pieces depend on. Those made with others are made again."""
-        self.folder, self.settings, self.part = folder, plain({**settings, "part": part}), part
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        """`folder`: the cell's; `name`: the part's; `settings`: what the pieces depend on. Those made with others are
+        made again."""
+        self.folder, self.name, self.settings = folder, name, plain(settings)
         self.before = 0.0
         """Seconds that the pieces found took when they were measured."""
 
     def __call__(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.folder / f"{self.part} {name}.json"
-        with suppress(DataError):  # missing or damaged
+        path = self.folder / f"{self.name} {name}.json"
+        with suppress(DataError, KeyError, TypeError):  # missing or damaged
             found = read_json(path)
-            if found.get("format") == FORMAT and difference(found.get("settings") or {}, self.settings) is None:
-                self.before += found["seconds"]
-                return dict(found["piece"])
+            if found["format"] == FORMAT and difference(found["settings"], self.settings) is None:
+                piece, seconds = dict(found["piece"]), float(found["seconds"])
+                self.before += seconds
+                return piece
         started = time.monotonic()
         piece = measure()
         seconds = time.monotonic() - started
-        write_json(path, {"format": FORMAT, "settings": self.settings, "seconds": seconds, "piece": piece})
+        if finite(piece) == piece:  # else it would be read back as something else
+            write_json(path, {"format": FORMAT, "settings": self.settings, "seconds": seconds, "piece": piece})
         return piece
+
+
+def state_of(model: PreTrainedModel) -> str:
+    """Digest of what routes a model as it stands, of the numbers that were learnt, too."""
+    if not is_attached(model):
+        return "bare"
+    routing = routing_of(model)
+    digest = hashlib.sha256(json.dumps(plain({"config": routing.config.to_dict(), "budget": routing.budget})).encode())
+    for name, tensor in sorted(routing.tensors().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def pieces_folder(out: Path, cell: str) -> Path:

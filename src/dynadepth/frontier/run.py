@@ -19,7 +19,7 @@ from dynadepth import adapter
 from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from dynadepth.evaluation.comparison import against
 from dynadepth.frontier.makers import Budget
-from dynadepth.frontier.pieces import Pieces, pieces_folder, remove
+from dynadepth.frontier.pieces import Pieces, pieces_folder, remove, state_of
 from dynadepth.frontier.rows import ROWS, Row, chosen
 from dynadepth.frontier.scoring import blend, measured, timed
 from dynadepth.frontier.settings import Settings
@@ -79,6 +79,10 @@ def run_frontier(
     common = {"model": bench.fingerprint, "dtype": str(model.dtype).removeprefix("torch."), **settings.scored()}
     wanted = {row.name: plain({**common, "method": row.maker.settings(bench, row.name)}) for row in rows}
     _collect(bench, plan, wanted, teller)
+    if settings.tasks and not all(_complete(bench, row, budget) for row, budget in plan):
+        from dynadepth.evaluation.tasks import load_tasks
+
+        load_tasks(settings.tasks, settings.task_data)  # a name that nobody knows is said now
     rows = [row for row in rows if _ready(bench, row, plan, teller, lenient)]
     plan = [(row, budget) for row, budget in plan if row in rows]
     _write_summary(bench, rows, plan)
@@ -117,6 +121,7 @@ def _collect(
                 "it measured again."
             )
         bench.finished[cell_name(row.name, budget)] = cell
+        remove(pieces_folder(bench.out, cell_name(row.name, budget)))  # of a run killed just then
 
 
 def _complete(bench: Workbench, row: Row, budget: Budget) -> bool:
@@ -174,7 +179,9 @@ def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) 
         with part.opened() as model:
             mark = mark or stamp(settings.model, model, seed=settings.seed)
             if part.scored is None:
-                pieces = Pieces(folder, wanted, number)
+                of = None if row.of is None else bench.cell(row.of, budget)["provenance"]["date"]
+                depends = {"cell": wanted, "of": of, "share": part.share, "model": state_of(model)}
+                pieces = Pieces(folder, str(number), depends)
                 scores = measured(model, bench.tokenizer, settings, bench.tell, keep=pieces)
                 before += pieces.before
             else:
