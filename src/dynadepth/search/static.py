@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = 1600
-"""Most prompts that choose among candidates, and most of those that judge the one chosen."""
+"""Most prompts that choose among candidates."""
 
 BEYOND = 1.645
 """Standard errors that a step has to gain: what chance gives one in twenty."""
@@ -84,7 +84,8 @@ def best_static(
 ) -> StaticRoute:
     """The route that gives the prompts of a file the highest mean reward, running no more layers than the dense one.
 
-    `among`: the prompts to use (all); a half of them chooses among candidates, the other judges the one chosen. Routes
+    `among`: the prompts to use (all); a half of them ranks moves and chooses among candidates, the other judges the one
+    chosen. Routes
     are those that the file's search allows. `progress` is given lines. Raises `DataError` for a file with fewer than
     two multiple-choice prompts.
     """
@@ -97,8 +98,8 @@ def best_static(
             "search more of them."
         )
     settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
-    moves = ranked_moves(prompt for prompt in file.prompts if (prompt.source, prompt.id) in questions)
     trial = _Trial(LayerRunner(model), questions, seed, progress)
+    moves = ranked_moves(prompt for prompt in file.prompts if (prompt.source, prompt.id) in trial.choosing)
     dense = route = (1,) * file.header.n_layers
     steps: list[Step] = []
     while candidates := candidates_of(route, moves, settings):
@@ -176,7 +177,8 @@ class _Trial:
         random.Random(seed).shuffle(keys)
         self.runner, self.questions, self.progress = runner, questions, progress
         half = len(keys) // 2
-        self.keys, self.judges = keys[:half][:PROMPTS], keys[half:][:PROMPTS]
+        self.choosing = frozenset(keys[:half])
+        self.keys, self.judges = keys[:half][:PROMPTS], keys[half:]
         self.stage = ""
         self._leads: dict[tuple[Key, Counts], float] = {}
 
