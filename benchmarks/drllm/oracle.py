@@ -9,10 +9,12 @@ layers run:
     shuffled  for each prompt the best route of another one: what fits any prompt
     random    for each prompt a random route with as many skips and repeats as its best one
 
-and `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs the best route of
-`--replay` prompts once more, alone, by the search's runner (`apart`) and as a routed model does (`attached`, one
-forward an option): the share whose verdict is the recorded one, and how far the leads are from the recorded ones,
-nats. Prints a JSON document.
+`moves`: what single moves gain in reward on all prompts of the file that drew them before their search knew anything
+(`search.static.drawn_gains`), the best eight and the worst two: layer, layers skipped (0: repeated), prompts, points,
+and their standard error. `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs
+the best route of `--replay` prompts once more, alone, by the search's runner (`apart`) and as a routed model does
+(`attached`, one forward an option): the share whose verdict is the recorded one, and how far the leads are from the
+recorded ones, nats. Prints a JSON document.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from dynadepth.search.answers import replies
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
 from dynadepth.search.replay import leads
-from dynadepth.search.static import best_static
+from dynadepth.search.static import best_static, drawn_gains, mean_and_error, ranked_moves
 from dynadepth.search.tree import TreeSettings
 from dynadepth.statistics import paired_bootstrap
 
@@ -83,6 +85,15 @@ def compared(routes, found):
     }
 
 
+def moves(prompts):
+    """The moves that gain most and least."""
+    gains, ranked = drawn_gains(prompts), ranked_moves(prompts)
+    return [
+        [*move, len(gains[move]), *(round(100 * figure, 2) for figure in mean_and_error(gains[move]))]
+        for move in ranked[:8] + ranked[-2:]
+    ]
+
+
 def main(model_name, routes_file, files, seed, replay):
     file = route_file.read(routes_file)
     model = hub.load_model(model_name, dtype=file.header.search["dtype"])
@@ -112,7 +123,7 @@ def main(model_name, routes_file, files, seed, replay):
     }
     wanted = {key: list(dict.fromkeys(row[key] for row in rows.values())) for key in second}
     found = leads(runner, {key: questions[key] for key in second}, wanted)
-    document = {"prompts": len(second), "static_route": static, "rows": {}}
+    document = {"prompts": len(second), "static_route": static, "rows": {}, "moves": moves(file.prompts)}
     scores = {name: [float(found[key, row[key]] > 0) for key in second] for name, row in rows.items()}
     # A prompt counts as the oracle's where dense is right, as in the search's own figures.
     scores["oracle"] = [max(pair) for pair in zip(scores["oracle"], scores["dense"], strict=True)]

@@ -18,7 +18,7 @@ from dynadepth.search import search_files, static
 from dynadepth.search.questions import load_questions
 from dynadepth.search.replay import questions_of
 from dynadepth.search.searcher import SearchSettings
-from dynadepth.search.static import best_static, candidates_of, moves_in, ranked_moves, static_route
+from dynadepth.search.static import best_static, candidates_of, drawn_gains, moves_in, ranked_moves, static_route
 from dynadepth.search.tree import TreeSettings, made, moves_of
 
 DENSE = (1,) * 6
@@ -50,7 +50,8 @@ def test_moves_are_ranked_by_what_was_drawn_before_anything_was_known():
         prompt(0, [(skip, 2.0), (pair, -3.0), (both, 9.0), (again, 9.0)]),  # what follows two moves was chosen
         prompt(1, [(skip, -1.0), (again, -0.5)]),
     ]
-    assert ranked_moves(iter(prompts)) == [(1, 1), (4, 0), (2, 2)]
+    assert ranked_moves(prompts) == [(1, 1), (4, 0), (2, 2)]
+    assert {move: len(gains) for move, gains in drawn_gains(prompts).items()} == {(1, 1): 2, (2, 2): 1, (4, 0): 1}
 
 
 @given(st.lists(st.sampled_from([0, 1, 2]), min_size=6, max_size=6).map(tuple), st.randoms())

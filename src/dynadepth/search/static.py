@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -124,14 +124,21 @@ def static_route(counts: Sequence[int]) -> StaticConfig:
     )
 
 
-def ranked_moves(prompts: Iterator[PromptRoutes]) -> list[Move]:
-    """The single moves that the searches drew first, by their mean gain in reward over the dense route, best first."""
+def ranked_moves(prompts: Iterable[PromptRoutes]) -> list[Move]:
+    """Moves by their mean gain (`drawn_gains`), best first."""
+    gains = drawn_gains(prompts)
+    return sorted(gains, key=lambda move: (-sum(gains[move]) / len(gains[move]), move))
+
+
+def drawn_gains(prompts: Iterable[PromptRoutes]) -> dict[Move, list[float]]:
+    """What the single moves that the searches drew first, before they knew anything, gain in reward over the dense
+    route: one number for each prompt that tried the move."""
     gains: dict[Move, list[float]] = {}
     for prompt in prompts:
         moves = ((moves_in(route.counts), route) for route in prompt.tried)
         for move, route in takewhile(lambda pair: len(pair[0]) == 1, moves):
             gains.setdefault(move[0], []).append(logistic(route.margin) - logistic(prompt.dense.margin))
-    return sorted(gains, key=lambda move: (-sum(gains[move]) / len(gains[move]), move))
+    return gains
 
 
 def moves_in(counts: Counts) -> list[Move]:
