@@ -4,8 +4,11 @@ It starts from the dense route and takes one move after the other: a run of laye
 Which moves are worth trying is known from the file: a search's first routes are single moves that it drew before it
 knew anything, so that their mean gain is no luck of having been chosen. What they gain together is not known (two that
 gain alone may lose together), so that each step runs its candidates on real prompts: all of them on a few prompts, the
-better half on twice as many, and so on (successive halving). The best of many is flattered by having been chosen: what
-it gains is measured on other prompts, and it is taken where that is beyond the noise.
+better half on twice as many, and so on (successive halving).
+
+The best of many is flattered by having been chosen. So each half of the prompts chooses for itself and is judged by the
+other: a step is taken where what was chosen gains beyond the noise on the prompts that did not choose it
+(cross-fitting), and then the better of both on all prompts.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from dynadepth.search.tree import Counts, Move, TreeSettings, made
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROMPTS = 1600
-"""Most prompts that choose among candidates."""
+PROMPTS = 4000
+"""Most prompts that are used."""
 
 BEYOND = 1.645
 """Standard errors that a step has to gain: what chance gives one in twenty."""
@@ -52,7 +55,8 @@ class Step:
     """How often each layer runs now."""
 
     gain: float
-    """Mean reward (`answers.Reply.reward`) above the route before, on the prompts that judge."""
+    """Mean reward (`answers.Reply.reward`) above the route before, of what each half of the prompts chose on the other
+    half."""
 
     error: float
     """Its standard error, paired by prompt."""
@@ -60,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StaticRoute:
-    """What was chosen, with figures of the prompts that judged the steps."""
+    """What was chosen, with figures of the prompts that it was chosen by: they flatter it a little."""
 
     counts: Counts
     accuracy: float
@@ -68,8 +72,6 @@ class StaticRoute:
     """Accuracy of the dense route on the same prompts."""
 
     n_prompts: int
-    """How many these are; about as many others chose among the candidates."""
-
     steps: tuple[Step, ...]
 
 
@@ -84,10 +86,8 @@ def best_static(
 ) -> StaticRoute:
     """The route that gives the prompts of a file the highest mean reward, running no more layers than the dense one.
 
-    `among`: the prompts to use (all); a half of them ranks moves and chooses among candidates, the other judges the one
-    chosen. Routes
-    are those that the file's search allows. `progress` is given lines. Raises `DataError` for a file with fewer than
-    two multiple-choice prompts.
+    `among`: the prompts to use (all, `PROMPTS` at most). Routes are those that the file's search allows. `progress` is
+    given lines. Raises `DataError` for a file with fewer than two multiple-choice prompts.
     """
     questions = questions_of(file, tokenizer)
     if among is not None:
@@ -99,19 +99,21 @@ def best_static(
         )
     settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
     trial = _Trial(LayerRunner(model), questions, seed, progress)
-    moves = ranked_moves(prompt for prompt in file.prompts if (prompt.source, prompt.id) in trial.choosing)
+    halves = trial.keys[::2], trial.keys[1::2]
+    prompts = {(prompt.source, prompt.id): prompt for prompt in file.prompts}
+    moves = [ranked_moves(prompts[key] for key in half) for half in halves]
     dense = route = (1,) * file.header.n_layers
     steps: list[Step] = []
-    while candidates := candidates_of(route, moves, settings):
+    while all(candidates := [candidates_of(route, ranked, settings) for ranked in moves]):
         trial.stage = f"step {len(steps) + 1}"
-        best = trial.best_of(candidates)
-        gains = [now - before for now, before in zip(trial.judged(best), trial.judged(route), strict=True)]
+        first, second = (trial.best_of(*pair) for pair in zip(candidates, halves, strict=True))
+        gains = trial.gains(first, route, halves[1]) + trial.gains(second, route, halves[0])
         gain, error = mean_and_error(gains)
         if gain <= BEYOND * error:
             break
-        steps.append(Step(best, gain, error))
-        route = best
-    return StaticRoute(route, trial.accuracy(route), trial.accuracy(dense), len(trial.judges), tuple(steps))
+        route = max((first, second), key=lambda chosen: (trial.mean(chosen), -sum(chosen)))
+        steps.append(Step(route, gain, error))
+    return StaticRoute(route, trial.accuracy(route), trial.accuracy(dense), len(trial.keys), tuple(steps))
 
 
 def static_route(counts: Sequence[int]) -> StaticConfig:
@@ -183,35 +185,37 @@ class _Trial:
         keys = sorted(questions)
         random.Random(seed).shuffle(keys)
         self.runner, self.questions, self.progress = runner, questions, progress
-        half = len(keys) // 2
-        self.choosing = frozenset(keys[:half])
-        self.keys, self.judges = keys[:half][:PROMPTS], keys[half:]
+        self.keys = keys[:PROMPTS]
         self.stage = ""
         self._leads: dict[tuple[Key, Counts], float] = {}
 
-    def best_of(self, candidates: Sequence[Counts]) -> Counts:
-        """The candidate that is left after successive halving; it ran on all prompts that choose."""
+    def best_of(self, candidates: Sequence[Counts], keys: Sequence[Key]) -> Counts:
+        """The candidate that is left after successive halving; it ran on all of these prompts."""
         rounds = max(1, math.ceil(math.log2(len(candidates))))
         left = list(candidates)
         for number in range(rounds, 0, -1):
-            keys = self.keys[: max(1, len(self.keys) >> (number - 1))]
-            self._run(left, keys)
-            scores = {route: sum(self._rewards(route, keys)) for route in left}
+            part = keys[: max(1, len(keys) >> (number - 1))]
+            scores = {route: sum(rewards) for route, rewards in zip(left, self._rewards(left, part), strict=True)}
             left = sorted(left, key=lambda route: (-scores[route], sum(route), route))[: max(1, len(left) // 2)]
         return left[0]
 
-    def judged(self, route: Counts) -> list[float]:
-        """Rewards on the prompts that judge."""
-        self._run([route], self.judges)
-        return self._rewards(route, self.judges)
+    def gains(self, route: Counts, before: Counts, keys: Sequence[Key]) -> list[float]:
+        """What a route gains over the one before, of each prompt."""
+        new, old = self._rewards([route, before], keys)
+        return [now - then for now, then in zip(new, old, strict=True)]
+
+    def mean(self, route: Counts) -> float:
+        """Reward of all prompts."""
+        return sum(self._rewards([route], self.keys)[0]) / len(self.keys)
 
     def accuracy(self, route: Counts) -> float:
-        """Share of these prompts that are answered rightly."""
-        self._run([route], self.judges)
-        return sum(self._leads[key, route] > 0 for key in self.judges) / len(self.judges)
+        """Share of all prompts that are answered rightly."""
+        self._run([route], self.keys)
+        return sum(self._leads[key, route] > 0 for key in self.keys) / len(self.keys)
 
-    def _rewards(self, route: Counts, keys: Sequence[Key]) -> list[float]:
-        return [logistic(self._leads[key, route]) for key in keys]
+    def _rewards(self, routes: Sequence[Counts], keys: Sequence[Key]) -> list[list[float]]:
+        self._run(routes, keys)
+        return [[logistic(self._leads[key, route]) for key in keys] for route in routes]
 
     def _run(self, routes: Sequence[Counts], keys: Sequence[Key]) -> None:
         wanted = {key: [route for route in routes if (key, route) not in self._leads] for key in keys}
