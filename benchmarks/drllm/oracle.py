@@ -9,9 +9,9 @@ layers run:
     shuffled  for each prompt the best route of another one: what fits any prompt
     random    for each prompt a random route with as many skips and repeats as its best one
 
-`moves`: what single moves gain in reward on all prompts of the file that drew them before their search knew anything
-(`search.static.drawn_gains`), the best eight and the worst two: layer, layers skipped (0: repeated), prompts, points,
-and their standard error. `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs
+`moves`: what single moves gain in reward on the prompts of the file that drew them before their search knew anything
+(`search.static.drawn_gains`), the best eight and the worst two: layer, layers skipped (0: repeated), prompts, mean,
+and its standard error. `control`: the share of prompts whose search towards a wrong answer got there. `replayed` runs
 the best route of `--replay` prompts once more, alone, by the search's runner (`apart`) and as a routed model does
 (`attached`, one forward an option): the share whose verdict is the recorded one, and how far the leads are from the
 recorded ones, nats. Prints a JSON document.
@@ -33,9 +33,9 @@ from dynadepth.search.answers import replies
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
 from dynadepth.search.replay import leads
-from dynadepth.search.static import best_static, drawn_gains, mean_and_error, ranked_moves
+from dynadepth.search.static import best_static, drawn_gains, ranked_moves
 from dynadepth.search.tree import TreeSettings
-from dynadepth.statistics import paired_bootstrap
+from dynadepth.statistics import paired_bootstrap, standard_error
 
 
 def random_like(counts, draw):
@@ -88,10 +88,9 @@ def compared(routes, found):
 def moves(prompts):
     """The moves that gain most and least."""
     gains, ranked = drawn_gains(prompts), ranked_moves(prompts)
-    return [
-        [*move, len(gains[move]), *(round(100 * figure, 2) for figure in mean_and_error(gains[move]))]
-        for move in ranked[:8] + ranked[-2:]
-    ]
+    rows = [[*move, len(own), sum(own) / len(own), standard_error(own)] for move, own in gains.items()]
+    rows.sort(key=lambda row: ranked.index((row[0], row[1])))
+    return rows[:8] + rows[-2:]
 
 
 def main(model_name, routes_file, files, seed, replay):
@@ -123,7 +122,12 @@ def main(model_name, routes_file, files, seed, replay):
     }
     wanted = {key: list(dict.fromkeys(row[key] for row in rows.values())) for key in second}
     found = leads(runner, {key: questions[key] for key in second}, wanted)
-    document = {"prompts": len(second), "static_route": static, "rows": {}, "moves": moves(file.prompts)}
+    document = {
+        "prompts": len(second),
+        "static_route": static,
+        "rows": {},
+        "moves": moves([p for p in file.prompts if p.options is not None]),
+    }
     scores = {name: [float(found[key, row[key]] > 0) for key in second] for name, row in rows.items()}
     # A prompt counts as the oracle's where dense is right, as in the search's own figures.
     scores["oracle"] = [max(pair) for pair in zip(scores["oracle"], scores["dense"], strict=True)]

@@ -152,7 +152,7 @@ def test_figures_are_those_of_plain_forwards(model_folder, tmp_path, monkeypatch
     settings = SearchSettings(TreeSettings(simulations=25), margin=0.0)
     file = search_files(model, tokenizer, files, tmp_path / "routes.jsonl", settings).file
     told = []
-    monkeypatch.setattr(static, "mean_and_error", lambda gains: (sum(gains) / len(gains), -9.0))  # takes every step
+    monkeypatch.setattr(static, "standard_error", lambda gains: -9.0)  # takes every step
     found = best_static(model, tokenizer, file, progress=told.append)
     questions = questions_of(file, tokenizer)
     read = {(question.source, question.id): question for question in load_questions(files[:1], tokenizer)[0]}

@@ -28,6 +28,7 @@ from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import Question
 from dynadepth.search.replay import Key, leads, questions_of
 from dynadepth.search.tree import Counts, Move, TreeSettings, made
+from dynadepth.statistics import standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,8 +109,8 @@ def best_static(
         trial.stage = f"step {len(steps) + 1}"
         first, second = (trial.best_of(*pair) for pair in zip(candidates, halves, strict=True))
         gains = trial.gains(first, route, halves[1]) + trial.gains(second, route, halves[0])
-        gain, error = mean_and_error(gains)
-        if gain <= BEYOND * error:
+        gain, error = sum(gains) / len(gains), standard_error(gains)
+        if error is None or gain <= BEYOND * error:
             break
         route = max((first, second), key=lambda chosen: (trial.mean(chosen), -sum(chosen)))
         steps.append(Step(route, gain, error))
@@ -168,12 +169,6 @@ def candidates_of(counts: Counts, moves: Sequence[Move], settings: TreeSettings)
     found = [made(counts, move) for move in skips + repeats]
     found += [made(made(counts, skip), again) for skip in skips for again in repeats if fits(made(counts, skip), again)]
     return [route for route in dict.fromkeys(found) if sum(route) <= len(route)]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error (infinite of one value)."""
-    n, mean = len(values), sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.inf
 
 
 class _Trial:
