@@ -86,6 +86,13 @@ def test_what_is_written_is_read(path):
     assert json.loads(lines(path)[0])["kind"] == "dynadepth-routes"
 
 
+def test_a_prompt_counts_once(path):
+    with RouteWriter(path) as writer:
+        writer.start(HEADER)
+        writer.append([prompt(1), prompt(2), replace(prompt(1), completion="another")])
+    assert read(path).prompts == [prompt(1), prompt(2)]
+
+
 def test_lines_are_on_the_disk_one_by_one(path):
     with RouteWriter(path) as writer:
         writer.start(HEADER)

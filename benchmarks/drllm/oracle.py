@@ -38,12 +38,12 @@ from dynadepth.search.tree import TreeSettings
 from dynadepth.statistics import paired_bootstrap, standard_error
 
 
-def random_like(counts, draw):
+def random_like(counts, draw, rules):
     """A route with as many skips and repeats, of those that the search could have tried."""
     while True:
         drawn = list(counts)
         draw.shuffle(drawn)
-        if TreeSettings().allows(tuple(drawn)):
+        if rules.allows(tuple(drawn)):
             return tuple(drawn)
 
 
@@ -109,7 +109,8 @@ def main(model_name, routes_file, files, seed, replay):
     dense = (1,) * file.header.n_layers
     best = {key: prompts[key].routes[0].counts if prompts[key].routes else dense for key in keys}
     others = dict(zip(second, [*second[1:], second[0]], strict=True))
-    drawn = {key: random_like(best[key], draw) for key in second}
+    rules = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
+    drawn = {key: random_like(best[key], draw, rules) for key in second}
 
     runner = LayerRunner(model)
     static = best_static(model, tokenizer, file, among=set(first), seed=seed).counts

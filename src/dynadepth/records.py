@@ -72,10 +72,23 @@ def read_rows(path: str | Path) -> list[Row]:
             raise DataError(f"{path} is not JSON at line {number}: {error.msg}.") from error
         if not isinstance(row, dict):
             raise DataError(f"{path} holds no JSON object at line {number} but {line.strip()[:40]!r}.")
+        if "\\u" in line:
+            _check_text(path, number, row)
         rows.append(row)
     if not rows:
         raise DataError(f"{path} is empty: it needs one JSON object a line.")
     return rows
+
+
+def _check_text(path: str | Path, number: int, row: Row) -> None:
+    """Raises `DataError` for half of a character, which JSON can write and no tokenizer can read."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path} holds half of a character (a surrogate without its other half) at line {number}: write the whole "
+            "character."
+        ) from error
 
 
 def read_lines(path: Path) -> Iterator[str]:

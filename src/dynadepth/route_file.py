@@ -52,6 +52,11 @@ class Route(Answer):
         """Layers run altogether."""
         return sum(self.counts)
 
+    @property
+    def can_be_routed(self) -> bool:
+        """A routed model runs a layer twice at most; a search may be asked for more."""
+        return max(self.counts) <= 2
+
 
 @dataclass(frozen=True)
 class PromptRoutes:
@@ -141,15 +146,18 @@ def read(path: str | Path, identity: Mapping[str, Any] | None = None) -> RouteFi
     Raises `DataError` for a missing or damaged file (naming the line), a newer format, another model or depth.
     """
     header: Header | None = None
-    prompts: list[PromptRoutes] = []
+    prompts: dict[tuple[str, str], PromptRoutes] = {}
     for number, line in enumerate(_lines(Path(path)), start=1):
         if header is None:
             header = _header(line, path)
         else:
-            prompts.append(_prompt(line, header.n_layers, path, number))
+            prompt = _prompt(line, header.n_layers, path, number)
+            prompts.setdefault(
+                (prompt.source, prompt.id), prompt
+            )  # one found twice must not be on two sides of a split
     if header is None:
         raise DataError(f"{path} is empty: it is no file of routes that `dynadepth search` has begun.")
-    found = RouteFile(header, prompts)
+    found = RouteFile(header, list(prompts.values()))
     if identity is not None:
         found.check_model(path, identity)
     return found

@@ -121,7 +121,7 @@ def test_the_best_route_of_a_toy_reward_is_found(toy, monkeypatch):
     assert ran[found.counts] == 64  # each pair once
     assert sorted(set(ran.values()))[0] < 16  # most candidates fall out early
     assert best_static(None, None, file, among={("t", "3"), ("t", "4"), ("t", "9")}).n_prompts == 3
-    with pytest.raises(DataError, match="of which the file of routes has 1 to use"):
+    with pytest.raises(DataError, match="two or more, and 1 of the file's 64 prompts are to be used"):
         best_static(None, None, file, among={("t", "3")})
 
 
@@ -171,5 +171,5 @@ def test_figures_are_those_of_plain_forwards(model_folder, tmp_path, monkeypatch
     config = static_route(found.counts)
     assert [2 if n in config.repeat else n not in config.skip for n in range(4)] == list(found.counts)
     shorts_only = replace(file, prompts=[replace(p, options=None, gold=None) for p in file.prompts])
-    with pytest.raises(DataError, match="multiple-choice prompts, of which the file of routes has 0"):
+    with pytest.raises(DataError, match="two or more, and 0 of the file's 16 prompts"):
         best_static(model, tokenizer, shorts_only)

@@ -108,7 +108,9 @@ def test_routers_are_chosen_beyond_the_noise_alone():
     side = object.__new__(choice._Side)
     side.seed, side._right = 0, {"dense": [0.0] * 40, STATIC: [0.0] * 40, ROUTERS: [1.0] * 30 + [0.0] * 10}
     assert side.judged()[0] == ROUTERS
-    side._right[ROUTERS] = [1.0] + [0.0] * 39
+    side._right = {name: right[:19] for name, right in side._right.items()}
+    assert side.judged() == (STATIC, "19 validation prompts are too few to tell: it takes 20")
+    side._right = {STATIC: [0.0] * 40, ROUTERS: [1.0] + [0.0] * 39}
     chosen, why = side.judged()
     assert chosen == STATIC
     assert why.startswith("routers answer 2.5% of 40 prompts rightly, the static route 0.0%; difference +0.0 to ")
@@ -157,7 +159,7 @@ def test_the_command_says_what_it_chose(model_folder, routes_file, tmp_path, met
     result = invoke(*words, "--out", tmp_path / "out", "--json", tmp_path / "result.json")
     assert result.exit_code == 0, result.output
     assert "Chosen: static" in result.stdout
-    assert ("routers answer" in result.stdout) is (method == "auto")
+    assert ("too few to tell" in result.stdout) is (method == "auto")
     document = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert (document["routers"] is None) is (method == "static")
     shown = invoke("info", tmp_path / "out")

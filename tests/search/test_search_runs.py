@@ -194,6 +194,17 @@ def test_other_data_joins_a_file(model_folder, arc, tmp_path, name):
     assert route_file.read(out) == found
 
 
+def test_two_searches_do_not_write_one_file(model_folder, arc, tmp_path):
+    out = tmp_path / "routes.jsonl"
+    run(model_folder, [arc(4)], out, limit=1)
+    before = out.read_bytes()
+    with search_run.alone(out), pytest.raises(ConfigError, match=r"another search is adding to .*routes\.jsonl: wait"):
+        run(model_folder, [arc(4)], out, resume=True)
+    assert out.read_bytes() == before
+    assert run(model_folder, [arc(4)], out, resume=True).new == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arc_tiny.jsonl", "routes.jsonl"]
+
+
 def test_what_a_file_is_not_mixed_with(model_folder, arc, tmp_path):
     out, data = tmp_path / "routes.jsonl.gz", arc(4)
     run(model_folder, [data], out)

@@ -1,5 +1,6 @@
 """What the search keeps is what the model does: routes replay, budgets hold, the control is the same search."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,9 +10,11 @@ from search_data import shorts, write_rows
 
 from dynadepth import hub
 from dynadepth.architectures import decoder_layers
-from dynadepth.errors import BudgetError, ConfigError, DataError
+from dynadepth.errors import BudgetError, ConfigError, DataError, UnsupportedModelError
 from dynadepth.evaluation.tasks import load_tasks, run_tasks
-from dynadepth.search.answers import replies, with_rivals
+from dynadepth.route_file import RouteWriter
+from dynadepth.search import searcher
+from dynadepth.search.answers import Reply, replies, with_rivals
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import load_questions
 from dynadepth.search.searcher import Searcher, SearchSettings, grouped
@@ -252,7 +255,7 @@ def test_budgets(model, questions):
     tree = TreeSettings(simulations=60)
     found = Searcher(model, SearchSettings(tree, budget=0.5, margin=0.0)).search(questions)
     assert any(prompt.routes for prompt in found)
-    assert all(route.layers <= 2 for prompt in found for route in prompt.routes)
+    assert all(route.layers <= 2 for prompt in found for route in prompt.tried)
     with pytest.raises(
         BudgetError, match=r"no route can meet the budget 0\.2: .*1 of 4 layers run at least; give 0\.250"
     ):
@@ -267,6 +270,30 @@ def test_budgets(model, questions):
         SearchSettings(margin=-1.0)
 
 
+def test_a_route_that_overflows_is_no_route(model, questions, monkeypatch, tmp_path):
+    def overflowing(runner, asked_of, asked):
+        found = replies(runner, asked_of, asked)
+        return [
+            Reply((math.nan,) * 3) if route[1] == 0 else reply for (_, route), reply in zip(asked, found, strict=True)
+        ]
+
+    monkeypatch.setattr(searcher, "replies", overflowing)
+    chosen = [question for question in questions if question.options is not None]
+    found = Searcher(model, SearchSettings(TreeSettings(simulations=20), margin=0.0)).search(chosen)
+    assert all(route.counts[1] for prompt in found for route in (*prompt.tried, *prompt.routes, *prompt.control_routes))
+    assert all(len(prompt.tried) > 5 and (prompt.control is None or math.isfinite(prompt.control)) for prompt in found)
+    with RouteWriter(tmp_path / "routes.jsonl") as writer:
+        writer.append(found)
+
+
+def test_a_model_that_overflows_by_itself_is_told_so(model, questions):
+    with torch.no_grad():
+        broken = copy.deepcopy(model)
+        broken.model.layers[2].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(UnsupportedModelError, match="overflows in float32, without any route: give --dtype"):
+        LayerRunner(broken).check(questions[0].row)
+
+
 def test_data_that_cannot_be_searched(tokenizer, tmp_path, arc):
     def refused(rows, match, name="some.jsonl", **options):
         with pytest.raises(DataError, match=match):
@@ -277,6 +304,18 @@ def test_data_that_cannot_be_searched(tokenizer, tmp_path, arc):
     refused([fine, {**fine, "gold": None}], r"no answer at row 2 \(the field 'gold'\)")
     refused([{"question": "why"}], r"no answer at row 1 \(the field 'answer'\)")
     refused([{"text": "the sky"}], "which no task has")
+    public = {"question": "why", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    for row in (public, {"question": "why", "answer": "42"}, {"context": "a", "question": "b", "answers": ["c"]}):
+        refused([row], r"which no task has\. Known: .*choices gold query")  # it has an answer, in another form
+    refused([{**fine, "query": None}], "Row 1 of 'some' needs text in the field 'query', not None")
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"query": "why \\ud83d is", "choices": ["a", "b"], "gold": 0}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds half of a character .* at line 1"):
+        load_questions([path], tokenizer)
+    path.write_text('{"query": "why \\ud83d\\ude00 is", "choices": ["a", "b"], "gold": 0}\n', encoding="utf-8")
+    assert "😀" in load_questions([path], tokenizer)[0][0].prompt
+    unnamed = [{**fine, "id": None}, {**fine, "id": None, "query": "who"}]
+    assert len({q.id for q in load_questions([write_rows(tmp_path / "unnamed.jsonl", unnamed)], tokenizer)[0]}) == 2
     refused([{**fine, "gold": 2}], "no index of its 2 choices")
     refused([fine, fine], "id '1' twice")
     contexts = {"context_options": ["the", "a"], "continuation": "sky", "gold": 0}

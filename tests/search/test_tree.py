@@ -71,29 +71,66 @@ def test_a_short_search_keeps_the_rules(rules, n_layers, simulations, seed):
     assert list(again.evaluated.items()) == list(tree.evaluated.items())
 
 
-def test_it_finds_more_than_chance():
-    """Four of 30 layers hurt, one wants to run twice; every other change costs. The dense route earns 0.27."""
-    hurt, again = {3, 9, 14, 20}, 11
+GOOD = {3: 0, 9: 0, 14: 0, 20: 0, 11: 2}
+
+
+def good_changes(seeds, most_layers=None, **changes):
+    """Of 30 layers four hurt and one wants to run twice; every other change costs. How many of the five good changes
+    the best route of each search has."""
 
     def reward(route):
-        margin = -1.0
-        for layer, count in enumerate(route):
-            if (layer in hurt and count == 0) or (layer == again and count == 2):
-                margin += 0.8
-            elif count != 1:
-                margin -= 0.5
+        margin = sum(0.8 if GOOD.get(at) == n else -0.5 for at, n in enumerate(route) if n != 1) - 1.0
         return 1 / (1 + math.exp(-margin))
 
-    def solved(**changes):
-        found = 0
-        for seed in range(20):
-            tree = RouteTree(30, TreeSettings(**changes), seed)
-            run(tree, reward)
-            found += max(tree.evaluated.values()) > 0.5
-        return found
+    found = []
+    for seed in range(seeds):
+        tree = RouteTree(30, TreeSettings(**changes), seed, most_layers)
+        run(tree, reward)
+        best = max(tree.evaluated, key=tree.evaluated.get)
+        found.append(sum(GOOD.get(at) == n for at, n in enumerate(best)))
+    return found
 
-    assert solved() >= 17  # 13 where moves are drawn without regard to what they gained
-    assert solved(random_prior=1.0) <= 8
+
+def test_it_finds_more_than_chance(monkeypatch):
+    assert sum(n >= 2 for n in good_changes(20)) >= 19
+    within = good_changes(20, most_layers=27)
+    assert sum(n >= 2 for n in good_changes(20, random_prior=1.0)) <= 8
+    monkeypatch.setattr(RouteTree, "_gain", lambda self, move: 0.0)
+    assert sum(n >= 2 for n in good_changes(20)) <= 15, "moves that gained come first"
+    assert sum(within) > sum(good_changes(20, most_layers=27)) + 5
+
+
+def test_more_simulations_go_deeper():
+    assert max(good_changes(6)) == 2, "about half single changes, half pairs"
+    assert sum(n >= 4 for n in good_changes(6, simulations=200)) >= 5
+    assert sum(n == 5 for n in good_changes(3, simulations=400)) >= 2
+    assert (TreeSettings().siblings, TreeSettings().widening) == (8, 3.0), "files of 50 simulations are gone on from"
+
+
+@pytest.mark.parametrize("most", [27, 24, 15, 10])
+def test_a_budget_is_where_the_search_begins(most):
+    """Nothing is spent on routes above it, and what is learnt of moves on the way counts."""
+    tree = RouteTree(30, TreeSettings(), 0, most)
+    run(tree, lambda route: 1 / (1 + sum(route)))
+    dense, *others = tree.evaluated
+    assert sum(dense) == 30
+    assert all(sum(route) <= most and tree.settings.allows(route) for route in others)
+    assert len(others) == 50 or (0 < len(others) < 50 and most == 10), "few routes are as short as ten layers"
+
+
+@settings(deadline=None, max_examples=30)
+@given(rules=rules, n_layers=st.integers(2, 5), share=st.floats(0.2, 2.0), seed=st.integers(0, 10**6))
+def test_a_search_within_a_budget_keeps_the_rules(rules, n_layers, share, seed):
+    most = max(rules.fewest(n_layers), int(share * n_layers))
+    tree = RouteTree(n_layers, rules, seed, most)
+    run(tree, lambda route: hash((seed, route)) % 1009 / 1009)
+    within = {route for route in allowed(n_layers, rules) if sum(route) <= most}
+    found = set(tree.evaluated) - {(1,) * n_layers}
+    assert found <= within
+    if most >= n_layers:
+        assert found | {(1,) * n_layers} == within | {(1,) * n_layers}
+    elif rules.max_consecutive_skips:
+        assert found
 
 
 def test_the_formula_of_a_descent():

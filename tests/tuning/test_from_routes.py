@@ -10,10 +10,10 @@ import torch
 from dynadepth import DrLLMConfig, adapter, attach, fixed_routes, load, recording, routing_of, set_budget
 from dynadepth.architectures import decoder_layers
 from dynadepth.errors import BudgetError, ConfigError, DataError, TuningError
-from dynadepth.route_file import Answer, Header, PromptRoutes, Route, RouteWriter
+from dynadepth.route_file import Answer, Header, PromptRoutes, Route, RouteFile, RouteWriter
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.recipe import Recipe, load_recipe
-from dynadepth.tuning.route_data import RouteExample, kept, shown
+from dynadepth.tuning.route_data import RouteExample, kept, parted, shown
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
 from dynadepth.tuning.route_scores import action_scores, always_execute, commonest
 from tuning_runs import fingerprint, tiny
@@ -189,8 +189,17 @@ def test_which_routes_are_learnt_from():
     none = prompt(0, ())
     assert kept(none, 4, RECIPE) == []
     assert kept(none, 4, dataclasses.replace(RECIPE, dense=True)) == [(1, 1, 1, 1)]
-    with pytest.raises(DataError, match="executes a layer 3 times"):
-        kept(prompt(0, (Route(True, 1.0, (1, 3, 1, 1)),)), 4, RECIPE)
+    thrice = Route(True, 1.0, (1, 3, 1, 1))
+    assert kept(prompt(0, (thrice, right)), 4, RECIPE) == [right.counts], "routers repeat a layer once"
+
+
+@pytest.mark.parametrize(("validation", "holdout"), [(0.5, 0.4), (0.9, 0.09), (0.1, 0.1), (0.05, 0.9)])
+def test_no_part_is_empty(validation, holdout):
+    recipe = dataclasses.replace(RECIPE, validation=validation, holdout=holdout)
+    for n in range(3, 12):
+        parts = parted(RouteFile(Header({}, 4, {}, {}), [prompt(i) for i in range(n)]), recipe, None, 0)
+        assert min(map(len, parts)) >= 1
+        assert sum(map(len, parts)) == n
 
 
 def test_a_file_of_another_model_or_depth_or_with_too_little_in_it(tmp_path):

@@ -108,6 +108,13 @@ def search(
             budget=budget,
             seed=seed,
         )
+        if repeats > 1:
+            say(
+                f"--repeats {repeats}: a routed model runs a layer twice at most, so that routes with more are no use "
+                "to tune and frontier.",
+                "yellow",
+                "warning: ",
+            )
         loaded, tokenizer = open_model(model, dtype=dtype)
         from dynadepth.report.stamp import stamp
 

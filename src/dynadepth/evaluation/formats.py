@@ -182,9 +182,12 @@ def _problem(format_: Format, row: Row) -> str | None:
     """What is wrong with a row, as the end of a sentence."""
     if missing := format_.fields - set(row):
         return f"has no field {', '.join(sorted(missing))}"
-    if format_.output_type != "multiple_choice":
-        wrong = [field for field in sorted(format_.fields) if not isinstance(row[field], str) or not row[field]]
-        return f"needs text in the field {wrong[0]!r}, not {row[wrong[0]]!r}" if wrong else None
+    choosing = format_.output_type == "multiple_choice"
+    for field in sorted(format_.fields - {"choices", "context_options", "gold"}):
+        if not isinstance(row[field], str) or not (row[field] or choosing):
+            return f"needs text in the field {field!r}, not {row[field]!r}"
+    if not choosing:
+        return None
     choices = row["context_options" if "context_options" in format_.fields else "choices"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         return f"needs two or more texts to choose from, not {choices!r}"

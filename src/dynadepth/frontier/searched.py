@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,19 +51,14 @@ def routes_file(bench: Workbench, name: str) -> str:
 
 
 def read_routes(bench: Workbench, name: str) -> RouteFile:
-    """What it holds, read once; it must be this model's, and its routes repeat a layer once at most."""
+    """What it holds, read once: the routes that a routed model can take. It must be this model's."""
     path = routes_file(bench, name)
     if path in bench.routes:
         return bench.routes[path]
     file = read(path, adapter.identity(bench.model, decoder_layers(bench.model)))
-    most = max((count for prompt in file.prompts for route in prompt.routes for count in route.counts), default=0)
-    if most > 2:
-        raise DataError(
-            f"{path} has routes that execute a layer {most} times, and a routed model repeats it once at most: search "
-            "with --repeats 1."
-        )
-    bench.routes[path] = file
-    return file
+    prompts = [replace(p, routes=tuple(route for route in p.routes if route.can_be_routed)) for p in file.prompts]
+    bench.routes[path] = replace(file, prompts=prompts)
+    return bench.routes[path]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 ROUTERS, STATIC = "routers", "static"
 BATCH = 8
 
+ENOUGH = 20
+"""Validation prompts without which routers are not called better: the interval of a few equal answers has no width."""
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -190,6 +193,8 @@ class _Side:
         static, routers = self._right[STATIC], self._right[ROUTERS]
         low, high = paired_bootstrap(routers, static, seed=self.seed)
         n = len(static)
+        if n < ENOUGH:
+            return STATIC, f"{n} validation prompts are too few to tell: it takes {ENOUGH}"
         return ROUTERS if low > 0 else STATIC, (
             f"routers answer {sum(routers) / n:.1%} of {n} prompts rightly, the static route {sum(static) / n:.1%}; "
             f"difference {100 * low:+.1f} to {100 * high:+.1f} points"

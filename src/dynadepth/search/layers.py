@@ -232,6 +232,11 @@ class LayerRunner:
             place_T = prompt_T | (branches == branch)
             ids = torch.tensor(row.ids, device=self.model.device)[place_T][None]
             plain_TD = self._scorer(ids, torch.ones_like(ids, dtype=torch.bool), None).states_BTD[0].float()
+            if not plain_TD.isfinite().all():
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} overflows in {str(self.model.dtype).removeprefix('torch.')}, without "
+                    "any route: give --dtype bfloat16 or float32."
+                )
             error = float((found_TD[place_T].float() - plain_TD).norm() / plain_TD.norm())
             if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.1):
                 raise UnsupportedModelError(

@@ -113,7 +113,7 @@ def load_questions(
         read = [_read(path, source, number, row, format_, tokenizer) for number, row in enumerate(rows[:limit])]
         fitting = [question for question in read if longest is None or question.length <= longest]
         if len(fitting) < len(read):
-            first = next(question for question in read if question not in fitting)
+            first = next(question for question in read if question.length > (longest or 0))
             remarks.append(
                 f"{len(read) - len(fitting)} of {len(read)} prompts of {path} are longer than the {longest} tokens "
                 f"that the model reads, and are left out (the first is {first.id}, {first.length} tokens)."
@@ -130,10 +130,11 @@ def load_questions(
 
 
 def _check_answers(path: str | Path, rows: list[Line]) -> None:
-    """Raises `DataError` where rows have the fields of a known format but for its answer."""
+    """Raises `DataError` where rows have the fields of a known format but for its answer. (One that has an answer in
+    another form is left to `format_of`, which lists the forms.)"""
     for number, row in enumerate(rows, start=1):
         has = {name for name, value in row.items() if value is not None}
-        if any(format_.fields <= has for format_ in FORMATS):
+        if any(format_.fields <= has for format_ in FORMATS) or any(name.lower().startswith("answer") for name in has):
             continue
         for format_ in FORMATS:
             missing = format_.fields - has
@@ -148,7 +149,8 @@ def _read(
     path: str | Path, source: str, number: int, row: Line, format_: Format, tokenizer: PreTrainedTokenizerBase
 ) -> Question:
     prompt = str(format_.text(row))
-    common: dict[str, Any] = {"id": str(row.get("id", number)), "source": source, "prompt": prompt}
+    name = number if row.get("id") is None else row["id"]
+    common: dict[str, Any] = {"id": str(name), "source": source, "prompt": prompt}
     if format_.choices is not None:
         options = tuple(" " + choice for choice in format_.choices(row))
         gold = int(format_.target(row))

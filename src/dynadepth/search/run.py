@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dynadepth.adapter import identity
 from dynadepth.architectures import decoder_layers
@@ -88,6 +91,23 @@ def begin(out: Path, header: Header, resume: bool, warn: Say | None = None) -> R
     return found
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Inside, no other search adds to the file. Raises `ConfigError` where one does. (Two at once would search
+    everything twice, and one would cut off the line that the other is writing.)"""
+    beside = out.with_name(f".{out.name}.lock")
+    lock = FileLock(beside, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another search is adding to {out}: wait for it, or give another name.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        beside.unlink(missing_ok=True)
+
+
 def search(
     model: Any,
     questions: Sequence[Question],
@@ -106,25 +126,27 @@ def search(
 
     `load` gives the model to each of several `workers`. `progress` is given a line after each group, `warn` a sentence
     when a worker died and its prompts are searched again. Interrupted at any moment, it leaves the prompts of finished
-    groups; those it was at are searched by the next run. Raises as `begin`, `LayerRunner.check` and `in_processes`.
+    groups; those it was at are searched by the next run. Raises as `alone`,
+    `begin`, `LayerRunner.check` and `in_processes`.
     """
     if workers > 1 and load is None:
         raise ConfigError("several workers need `load`, a function that gives each its model.")
-    file = begin(out, header, resume, warn)
-    done = {(prompt.source, prompt.id) for prompt in file.prompts}
-    left = [question for question in questions if (question.source, question.id) not in done]
-    groups = grouped(left, settings.seed)
-    started, new = time.monotonic(), 0
-    if groups:
-        LayerRunner(model).check(groups[0][0].row)
-    with RouteWriter(out) as writer:
-        for prompts in _searched(model, settings, groups, workers, load, memory, warn):
-            writer.append(prompts)
-            file.prompts.extend(prompts)
-            new += len(prompts)
-            if progress is not None:
-                progress(_line(new, len(left), len(done), time.monotonic() - started))
-    return Found(file, new, time.monotonic() - started, len(left) - new)
+    with alone(out):
+        file = begin(out, header, resume, warn)
+        done = {(prompt.source, prompt.id) for prompt in file.prompts}
+        left = [question for question in questions if (question.source, question.id) not in done]
+        groups = grouped(left, settings.seed)
+        started, new = time.monotonic(), 0
+        if groups:
+            LayerRunner(model).check(groups[0][0].row)
+        with RouteWriter(out) as writer:
+            for prompts in _searched(model, settings, groups, workers, load, memory, warn):
+                writer.append(prompts)
+                file.prompts.extend(prompts)
+                new += len(prompts)
+                if progress is not None:
+                    progress(_line(new, len(left), len(done), time.monotonic() - started))
+        return Found(file, new, time.monotonic() - started, len(left) - new)
 
 
 def _searched(

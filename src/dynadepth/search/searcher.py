@@ -66,10 +66,14 @@ class SearchSettings:
                 "longer runs of skips."
             )
 
+    def most_searched(self, n_layers: int) -> int | None:
+        """Layers that the budget leaves; None without one."""
+        return None if self.budget is None else int(self.budget * n_layers)
+
     def most_layers(self, n_layers: int, dense_is_right: bool) -> int:
         """Layers of the longest route that is kept."""
         most = n_layers if dense_is_right else int(self.tree.max_path * n_layers)
-        return most if self.budget is None else min(most, int(self.budget * n_layers))
+        return min(most, self.most_searched(n_layers) or most)
 
     def to_dict(self) -> dict[str, Any]:
         """For the file's header."""
@@ -127,7 +131,7 @@ class _Search:
         self.wrong: int | None = None
 
     def _tree(self) -> RouteTree:
-        return RouteTree(self.n_layers, self.settings.tree, self._seed)
+        return RouteTree(self.n_layers, self.settings.tree, self._seed, self.settings.most_searched(self.n_layers))
 
     def ask(self) -> list[Counts]:
         """Routes to be answered; each once."""
@@ -201,10 +205,11 @@ class _Search:
         return tuple(sorted(kept, key=self._worth, reverse=True))
 
     def _margins(self, target: int) -> Iterator[tuple[Counts, float]]:
-        """The routes that the search towards `target` evaluated, but for the dense one."""
+        """The routes that the search towards `target` evaluated, but for the dense one and those that overflow."""
         for counts in self._towards[target].evaluated:
-            if counts != self.dense:
-                yield counts, self.replies[counts].margin(target)
+            margin = self.replies[counts].margin(target)
+            if counts != self.dense and math.isfinite(margin):
+                yield counts, margin
 
     def _worth(self, route: Route) -> float:
         """The order of what is kept: the search's own measure, reward less the penalty for length."""

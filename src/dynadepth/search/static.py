@@ -95,8 +95,8 @@ def best_static(
         questions = {key: question for key, question in questions.items() if key in among}
     if len(questions) < 2:
         raise DataError(
-            f"routes are compared on multiple-choice prompts, of which the file of routes has {len(questions)} to use: "
-            "search more of them."
+            f"routes are compared on multiple-choice prompts, two or more, and {len(questions)} of the file's "
+            f"{len(file.prompts)} prompts are to be used: search more of them."
         )
     settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
     trial = _Trial(LayerRunner(model), questions, seed, progress)

@@ -9,8 +9,11 @@ has one more run of layers skipped, or one more layer repeated. The tree is aske
 Down the tree goes the child with the most  mean reward + c · √(ln N / n) − λ · layers / L,  or, with the probability
 of the random prior, any. Where it ends, several children join at once, so that they can be evaluated together. Which
 moves these are is learnt within the tree: those that gained wherever they were made come first, those not made yet
-next, in random order. A node gets more children as its visits grow (progressive widening); no route is evaluated
-twice, and a search with enough simulations evaluates every allowed route.
+next, in random order. A node gets more children as its visits grow (progressive widening): with 50 simulations the
+root gets some 24 and its children about as many, so that routes of one and two moves are tried; with more simulations
+nodes are kept narrower, and routes of three and more moves come. No route is evaluated twice, and a search with enough
+simulations evaluates every allowed route. Where fewer layers are asked for than there are, the root's children are
+routes of so few layers at once, and no route runs more.
 """
 
 from __future__ import annotations
@@ -27,6 +30,12 @@ Counts = tuple[int, ...]
 Move = tuple[int, int]
 """(first layer, n): n layers skipped from there on; n = 0: the layer repeated once more."""
 
+
+SHORT = 50
+"""Simulations of a search that tries single moves and pairs of them; ones with more go deeper."""
+
+DRAWS, BY_CHANCE = 64, 0.5
+"""Of routes that are drawn to a budget: tries at once, and the share of their skips that chance chooses, not gains."""
 
 MOST_REPEATS = 8
 """A layer's executions are one digit in a file of routes."""
@@ -57,13 +66,20 @@ class TreeSettings:
     max_path: float = 2.0
     """Most layers a route may run, as a multiple of L."""
 
-    siblings: int = 8
-    """Children of one node that are evaluated together. Ours: the paper evaluates one route at a time."""
+    siblings: int = 0
+    """Children of one node that are evaluated together; 0: 8 for 50 simulations, fewer for more. Ours: the paper
+    evaluates one route at a time."""
 
-    widening: float = 3.0
-    """A node of n visits gets new children while it has fewer than this × √n. Ours."""
+    widening: float = 0.0
+    """A node of n visits gets new children while it has fewer than this × √n; 0: 3 for 50 simulations, less for more,
+    so that these go deeper. Ours."""
 
     def __post_init__(self) -> None:
+        more = max(1.0, self.simulations / SHORT)
+        if not self.siblings:
+            object.__setattr__(self, "siblings", max(2, round(8 / more)))
+        if not self.widening:
+            object.__setattr__(self, "widening", 3 / more)
         for name, low in (("simulations", 1), ("max_consecutive_skips", 0), ("repeats", 0), ("siblings", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}.")
@@ -104,17 +120,25 @@ class _Node:
         return self.total / self.visits
 
 
+_Asked = tuple[_Node | None, tuple[Move, ...], Counts]
+"""(parent, moves from there, route)"""
+
+
 class RouteTree:
     """One search for one prompt. `evaluated` grows: every route told, with its reward, in order."""
 
-    def __init__(self, n_layers: int, settings: TreeSettings, seed: int | str = 0) -> None:
-        """`seed`: everything drawn depends on it alone."""
+    def __init__(
+        self, n_layers: int, settings: TreeSettings, seed: int | str = 0, most_layers: int | None = None
+    ) -> None:
+        """`seed`: everything drawn depends on it alone. `most_layers`: but for the dense route, no route runs more."""
         self.n_layers, self.settings = n_layers, settings
+        self.most = settings.max_path * n_layers if most_layers is None else most_layers
         self.evaluated: dict[Counts, float] = {}
         self._random = random.Random(seed)
-        self._asked: list[tuple[_Node | None, Move | None, Counts]] = []
+        self._asked: list[_Asked] = []
         self._root: _Node | None = None
         self._closed: set[_Node] = set()
+        self._shortest = False  # no new route was drawn from the dense one to the most layers
         # Times made, sum of what was gained: reward, and the share of the depth that was saved. (λ would drown the
         # reward here: every skip would come before every untried move.)
         self._gains: dict[Move, tuple[int, float]] = {}
@@ -124,7 +148,7 @@ class RouteTree:
         if self._asked:
             raise AssertionError("the last routes' rewards were not told")
         if self._root is None:
-            self._asked = [(None, None, (1,) * self.n_layers)]
+            self._asked = [(None, (), (1,) * self.n_layers)]
         else:
             self._asked = self._expand()
         return [counts for _, _, counts in self._asked]
@@ -132,16 +156,17 @@ class RouteTree:
     def tell(self, rewards: list[float]) -> None:
         """Rewards of the routes just asked for, between 0 and 1, higher for better."""
         asked, self._asked = self._asked, []
-        for (parent, move, counts), reward in zip(asked, rewards, strict=True):
+        for (parent, moves, counts), reward in zip(asked, rewards, strict=True):
             self.evaluated[counts] = reward
             node = _Node(counts, reward, parent, total=reward)
-            if parent is None or move is None:
+            if parent is None:
                 self._root = node
                 continue
-            made, gained = self._gains.get(move, (0, 0.0))
             shorter = sum(parent.counts) - sum(counts)
-            gain = reward - parent.reward + shorter / self.n_layers
-            self._gains[move] = (made + 1, gained + gain)
+            gain = (reward - parent.reward + shorter / self.n_layers) / len(moves)
+            for move in moves:
+                made, gained = self._gains.get(move, (0, 0.0))
+                self._gains[move] = (made + 1, gained + gain)
             parent.children.append(node)
             above: _Node | None = parent
             while above is not None:
@@ -154,14 +179,19 @@ class RouteTree:
         """Simulations that are left."""
         return self.settings.simulations - max(0, len(self.evaluated) - 1)
 
-    def _expand(self) -> list[tuple[_Node | None, Move | None, Counts]]:
+    def _expand(self) -> list[_Asked]:
         """New children of the node that the formula leads to; none when all is tried or spent."""
         while self.left > 0 and self._root not in self._closed:
             node = self._descend()
             self._forget_seen(node)
-            moves = self._draw(node, min(self.settings.siblings, self.left))
-            if moves:
-                return [(node, move, made(node.counts, move)) for move in moves]
+            n = min(self.settings.siblings, self.left)
+            if self._is_long(node):
+                children = self._shortened(node, n)
+            else:
+                children = [(node, (move,), made(node.counts, move)) for move in self._draw(node, n)]
+            if children:
+                return children
+            self._shortest |= self._is_long(node)
             self._close(node)
         return []
 
@@ -172,12 +202,32 @@ class RouteTree:
             self._forget_seen(node)
             open_children = [child for child in node.children if child not in self._closed]
             wide = len(node.children) >= self.settings.widening * math.sqrt(node.visits)
-            if not open_children or (node.untried and not wide):
+            more = node.untried or (self._is_long(node) and not self._shortest)
+            if not open_children or (more and not wide):
                 return node
             if self._random.random() < self.settings.random_prior:
                 node = self._random.choice(open_children)
             else:
                 node = max(open_children, key=self._ucb)
+
+    def _is_long(self, node: _Node) -> bool:
+        """Is it the dense route where fewer layers are asked for? Its children are short enough at once."""
+        return sum(node.counts) > self.most
+
+    def _shortened(self, node: _Node, n: int) -> list[_Asked]:
+        """Up to n new routes of few enough layers: skips are made one after the other, those that gained among them."""
+        found: dict[Counts, _Asked] = {}
+        for _ in range(DRAWS):
+            counts, moves = node.counts, list[Move]()
+            while sum(counts) > self.most and (skips := [m for m in moves_of(counts, self.settings) if m[1]]):
+                self._random.shuffle(skips)
+                moves.append(skips[0] if self._random.random() < BY_CHANCE else max(skips, key=self._gain))
+                counts = made(counts, moves[-1])
+            if sum(counts) <= self.most and counts not in self.evaluated:
+                found[counts] = (node, tuple(moves), counts)
+            if len(found) == n:
+                break
+        return list(found.values())
 
     def _ucb(self, node: _Node) -> float:
         assert node.parent is not None
@@ -187,7 +237,10 @@ class RouteTree:
     def _forget_seen(self, node: _Node) -> None:
         """Leaves among a node's moves those to routes that are allowed and in no other place of the tree."""
         if node.untried is None:
-            node.untried = moves_of(node.counts, self.settings)
+            node.untried = []
+            if not self._is_long(node):
+                moves = moves_of(node.counts, self.settings)
+                node.untried = [m for m in moves if m[1] or sum(node.counts) < self.most]
             self._random.shuffle(node.untried)
         node.untried = [move for move in node.untried if made(node.counts, move) not in self.evaluated]
 

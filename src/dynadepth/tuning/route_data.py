@@ -56,21 +56,15 @@ class Split:
 
 
 def kept(prompt: PromptRoutes, n_layers: int, recipe: RouteRecipe) -> list[tuple[int, ...]]:
-    """The counts of the routes of a prompt that are learnt from. DataError for one that repeats a layer twice."""
+    """The counts of the routes of a prompt that are learnt from; routers cannot repeat a layer twice."""
     routes: Sequence[Route] = prompt.control_routes if recipe.towards == "control" else prompt.routes
-    routes = [route for route in routes if route.margin >= recipe.margin]
+    routes = [route for route in routes if route.margin >= recipe.margin and route.can_be_routed]
     if recipe.credible and not prompt.dense.correct:
         least = -float("inf") if prompt.control is None else prompt.control
         routes = [route for route in routes if route.margin > least]
     if recipe.order == "margin":
         routes = sorted(routes, key=lambda route: route.margin, reverse=True)
     chosen = [route.counts for route in routes[: recipe.routes_per_prompt]]
-    for counts in chosen:
-        if max(counts) > 2:
-            raise DataError(
-                f"The route of prompt {prompt.id!r} of {prompt.source} executes a layer {max(counts)} times, and "
-                "routers can repeat it once: search with --repeats 1."
-            )
     if not chosen and recipe.dense and prompt.dense.correct:
         return [(1,) * n_layers]
     return chosen
@@ -105,8 +99,9 @@ def parted(
     for prompts, n, least in ((usable, max_samples, 1), (others, round(share * len(others)), 0)):
         draw.shuffle(prompts)
         prompts = prompts[:n]
-        n_validation = max(least, round(recipe.validation * len(prompts)))
-        n_heldout = max(least, round(recipe.holdout * len(prompts)))
+        # What rounding gives too much is left to learn from.
+        n_validation = min(max(least, round(recipe.validation * len(prompts))), len(prompts) - 2 * least)
+        n_heldout = min(max(least, round(recipe.holdout * len(prompts))), len(prompts) - n_validation - least)
         cut = n_validation + n_heldout
         for part, new in zip(
             parts, (prompts[cut:], prompts[n_heldout:cut], prompts[:n_heldout]), strict=True
