@@ -46,3 +46,5 @@ def test_the_seed_decides_and_the_global_state_stays():
 def test_unpaired_rows_are_refused():
     with pytest.raises(ValueError, match="3 and 2"):
         paired_bootstrap([1.0] * 3, [1.0] * 2)
+    with pytest.raises(ValueError, match="two or more"):
+        paired_bootstrap([1.0], [0.5])

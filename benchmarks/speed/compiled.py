@@ -142,6 +142,8 @@ def main() -> None:
     if given.table:
         return show(json.loads(given.table.read_text()))
 
+    if given.steps < 5:
+        parser.error("--steps must be at least 5: the first three are not counted")
     from dynadepth import hub
     from dynadepth.benchmark import cut_prompts
     from dynadepth.provenance import provenance
@@ -150,6 +152,8 @@ def main() -> None:
     model.eval().requires_grad_(False)
     made = models(model, given.int8)
     if given.models:
+        if unknown := set(given.models.split(",")) - set(made):
+            parser.error(f"no model {', '.join(sorted(unknown))} here; there are {', '.join(made)}")
         made = {name: one for name, one in made.items() if name in ("plain", *given.models.split(","))}
     ids = cut_prompts(hub.load_tokenizer(given.model), count=given.batch, length=given.context + given.steps)
     result = {

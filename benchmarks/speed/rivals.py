@@ -227,6 +227,8 @@ def main() -> None:
         parser.error("name a model, or give --table FILE")
     if arguments.only and (arguments.only[0] != "transformers" or set(arguments.only) - set(TORCH)):
         parser.error(f"--only starts with transformers and names some of {', '.join(TORCH)}")
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     document = measured(arguments)
     if arguments.out:
         arguments.out.write_text(json.dumps(document, indent=2) + "\n")

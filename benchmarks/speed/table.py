@@ -37,11 +37,15 @@ def speed(cells: list[dict], phase: str) -> list[str]:
 
 
 def said(cell: dict) -> str:
+    """Of a model that skips the speed-up, the ideal one and the efficiency (none where the pruned twin was no faster);
+    of one that executes everything the overhead."""
     if cell["routed_s"] is None:
         return "–"
     efficiency, ideal = cell["nominal_efficiency"], cell["ideal_saving"]
-    if efficiency is None:
+    if not ideal:
         return f"{cell['overhead']:+.1%}"
+    if efficiency is None:
+        return f"{cell['speedup']:.2f}× of {1 / (1 - ideal):.2f}×"
     return f"{cell['speedup']:.2f}× of {1 / (1 - ideal):.2f}× ({efficiency:.2f})"
 
 

@@ -73,17 +73,17 @@ def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, fl
 
     Measured in the dense model, on the residual stream itself (after any post-norm), so that families whose sublayers
     end in a norm are scored alike. Source: block influence (ShortGPT, arXiv 2403.03853, Eq. 1), as LLM-Drop applies it
-    to sublayers (arXiv 2406.15786, section 3).
+    to sublayers (arXiv 2406.15786, section 3). Of a hybrid model the layers with attention have scores, no others.
     """
     base = unwrapped(model)
     spec = spec_for(base)
-    layers = decoder_layers(base, spec)
-    totals = torch.zeros(len(layers), dtype=torch.float64)
+    layers = {i: layer for i, layer in enumerate(decoder_layers(base, spec)) if hasattr(layer, spec.attention)}
+    totals = dict.fromkeys(layers, 0.0)
     tokens = 0
     for batch in batches:
         mask = batch["attention_mask"].bool()
-        streams = _residual_streams(model, spec, layers, batch)
-        for index, (before_layer, after_attention, after_layer) in enumerate(streams):
+        streams = _residual_streams(model, spec, list(layers.values()), batch)
+        for index, (before_layer, after_attention, after_layer) in zip(layers, streams, strict=True):
             before, after = {
                 "attention": (before_layer, after_attention),
                 "mlp": (after_attention, after_layer),
@@ -92,11 +92,11 @@ def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, fl
             cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
             totals[index] += float(((1 - cosine) * mask.to(cosine.device)).sum())
         tokens += int(mask.sum())
-    return {Site(index, target): float(total) / max(tokens, 1) for index, total in enumerate(totals)}
+    return {Site(index, target): total / max(tokens, 1) for index, total in totals.items()}
 
 
 def _residual_streams(
-    model: nn.Module, spec: ArchitectureSpec, layers: nn.ModuleList, batch: dict[str, Tensor]
+    model: nn.Module, spec: ArchitectureSpec, layers: Sequence[nn.Module], batch: dict[str, Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Per layer the residual stream `[B, T, D]`: before it, with the attention's contribution, and after it."""
     before: list[Tensor] = []
@@ -170,8 +170,8 @@ def check_prompts(model: nn.Module, batches: Batches, shares: int) -> None:
     if units < needed:
         what = "prompts" if by_sequence else "tokens of prompts"
         raise BudgetError(
-            f"{units} {what} are too few to calibrate {shares} budgets: give at least {needed}, and about forty "
-            "prompts for budgets that are met within 0.02."
+            f"{units} {what} are too few to calibrate {shares} budgets: give at least {needed} beside those that are "
+            "tuned on, and about forty prompts for budgets that are met within 0.02."
         )
 
 

@@ -91,11 +91,15 @@ def sublayer_costs(model: PreTrainedModel, adapted: bool = False) -> list[dict[s
     cache: list[Any] = DynamicCache(config=config).layers  # knows each layer's window
     costs = []
     for index, layer in enumerate(decoder_layers(model)):
-        attention, held = getattr(layer, spec.attention), cache[index]
+        attention, held = getattr(layer, spec.attention, None), cache[index]
         window = held.sliding_window if getattr(held, "is_sliding", False) else None
         mlp = SublayerCost(_weights(getattr(layer, spec.mlp), config, adapted=adapted))
         experts = getattr(getattr(layer, spec.mlp), "experts", None)
         inside = SublayerCost(0 if experts is None else _weights(experts, config, adapted=adapted))
+        if attention is None:  # what stands in its place in a hybrid model, by its weights
+            mixer = _weights(layer, config, adapted=adapted) - mlp.weights
+            costs.append({"attention": SublayerCost(mixer), "mlp": mlp, "experts": inside})
+            continue
         attended = _attention_cost(attention, config, window, adapted)
         costs.append({"attention": attended, "mlp": mlp, "experts": inside})
     return costs
@@ -217,6 +221,8 @@ def _weights(module: Any, config: Any, skip_own: bool = True, adapted: bool = Fa
         return 0
     if isinstance(module, nn.Linear):  # of a quantised one the weight's own shape may be packed
         return module.in_features * module.out_features
+    if isinstance(module, nn.Conv1d):  # a mixer's short window, a token at a time
+        return module.weight.numel()
     matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
     stacks = [p for p in matrices if p.dim() == 3]
     if stacks:  # 2-D parameters beside them are the experts' biases

@@ -23,10 +23,11 @@ def paired_bootstrap(
     """Percentile interval of mean(a) - mean(b), where `a[i]` and `b[i]` are two variants' scores of the same row.
 
     Draws `n` resamples of the rows with replacement, the same rows for both variants, so that what makes a row hard or
-    easy for both cancels. The answer depends on `seed` alone, and leaves the global random state as it was.
+    easy for both cancels. The answer depends on `seed` alone, and leaves the global random state as it was. Raises
+    ValueError for fewer than two rows, of which nothing can be said beyond themselves.
     """
-    if len(a) != len(b) or not a:
-        raise ValueError(f"paired rows are needed, got {len(a)} and {len(b)}")
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"two or more paired rows are needed, got {len(a)} and {len(b)}")
     difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack([difference[torch.randint(len(a), (len(a),), generator=generator)].mean() for _ in range(n)])

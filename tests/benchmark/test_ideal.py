@@ -6,6 +6,8 @@ import torch
 import dynadepth
 from dynadepth import MindSkipConfig, Site, StaticConfig, cost
 from dynadepth.benchmark.ideal import bytes_moved, ideal_saving
+from dynadepth.lora import LoraSettings
+from dynadepth.model import add_lora
 from dynadepth.routed import routing_of
 from small import ALL, LAYERS, WIDTH, bare, routed
 
@@ -68,6 +70,23 @@ def test_a_skip_path_is_read_where_a_row_skips():
     assert skipped.routed - plain.routed == path * 4
     executed = bytes_moved(model, {SITES[1]: [1.0]}, 1, LENGTH)
     assert executed.routed == executed.dense
+
+
+def test_a_lora_of_the_routers_is_read_where_its_layer_executes():
+    plain, model = routed(), routed()
+    add_lora(model, LoraSettings(2))
+    sizes = {name: p.numel() * 4 for name, p in routing_of(model).lora.named_parameters()}
+    executed = {site: [1.0] for site in SITES}
+    before, after = (bytes_moved(one, executed, 1, LENGTH) for one in (plain, model))
+    assert before.dense == after.dense
+    assert after.routed - before.routed == sum(sizes.values())
+    assert ideal_saving(model, executed, "decode", 1, 64, 8) < 0
+    skipped = {**executed, SITES[1]: [0.0]}
+    saved, saved_before = (
+        bytes_moved(one, executed, 1, LENGTH).routed - bytes_moved(one, skipped, 1, LENGTH).routed
+        for one in (model, plain)
+    )
+    assert saved - saved_before == sum(size for name, size in sizes.items() if ".layers.1.self_attn." in name)
 
 
 def test_saving_by_phase():

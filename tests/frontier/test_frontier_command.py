@@ -69,6 +69,11 @@ def test_without_methods_one_whose_data_cannot_be_had_is_left_out(run, refused, 
         (["--methods", "static-deepest", "--budgets", "0.1"], "cannot be reached by static-deepest"),
         (["--methods", "static", "--data", "self"], "two sources for every method"),
         (["--methods", "static", "--perplexity", "none.txt"], "no file none.txt"),
+        (
+            ["--methods", "random-per-input", "--data", "random-per-input=a"],
+            "random-per-input reads no data of its own.",
+        ),
+        (["--methods", "default-static", "--data", "default-static=a"], "by that of default, --data default=FILE"),
         (["--methods", "static", "--context", "0"], "--context must be at least 1"),
         (["--methods", "static", "--tasks", "beta", "--task-data", "none"], "no task data folder none"),
     ],
@@ -95,5 +100,6 @@ def test_data_of_one_method():
 
 def test_budgets_are_read_in_their_order():
     assert parse_budgets("0.5,0.75,0.5") == (0.5, 0.75)
+    assert parse_budgets("0.67,0.6700001,0.66666667") == (0.67, 0.666667), "cells are named by six digits"
     with pytest.raises(BudgetError, match="keeps its own budget by itself"):
         parse_budgets("0.5,own")

@@ -20,6 +20,7 @@ from dynadepth.frontier.scoring import blend
 from dynadepth.frontier.static import Static
 from dynadepth.report.cells import cell_name, read_cell
 from dynadepth.report.folder import read_folder
+from dynadepth.report.frontier_figures import write_figures
 from dynadepth.report.frontier_table import budgets_met, summary_of
 
 
@@ -272,6 +273,54 @@ def test_mixtures_are_exact_means():
         "ppl": pytest.approx(4.0), "nll": pytest.approx(math.log(4)), "rows": [2.0, 4.0], "n": 3, "name": "one",
         "none": None,
     }  # fmt: skip
+
+
+def test_what_is_mixed_goes_together():
+    """Ratios of mixed times, not mixed ratios; an answer was written under one route."""
+
+    def cell(dense_s, routed_s, nominal_s, word):
+        speed = {
+            "dense_s": dense_s, "routed_s": routed_s, "nominal_s": nominal_s, "pruned_s": None, "speedup": 0.0,
+            "saving": 0.0, "overhead": 0.0, "nominal_efficiency": 0.0, "skip_efficiency": None,
+            "tokens_per_s": {"dense": 1 / dense_s, "routed": 1 / routed_s},
+        }  # fmt: skip
+        return {"samples": [{"tokens": [dense_s], "text": word}], "speed": [speed]}
+
+    found = blend([(0.75, cell(4.0, 2.0, 1.0, "one")), (0.25, cell(8.0, 8.0, 4.0, "other"))])
+    assert found["samples"] == [{"tokens": [4.0], "text": "one"}]
+    (speed,) = found["speed"]
+    assert (speed["dense_s"], speed["routed_s"], speed["nominal_s"]) == (5.0, 3.5, 1.75)
+    assert speed["speedup"] == pytest.approx(5 / 3.5)
+    assert speed["saving"] == pytest.approx(1.5 / 5)
+    assert speed["overhead"] == pytest.approx(3.5 / 5 - 1)
+    assert speed["nominal_efficiency"] == pytest.approx(1.5 / 3.25)
+    assert speed["skip_efficiency"] is None
+    assert speed["tokens_per_s"] == {"dense": pytest.approx(1 / 5), "routed": pytest.approx(1 / 3.5)}
+
+
+def test_a_method_that_fails_leaves_the_others(opened, model_folder, data, tmp_path, counted):
+    said = []
+    settings = settings_for(model_folder, data, methods=("static-linear", "random"), max_samples=3, budgets=(0.5,))
+    with pytest.raises(ConfigError, match="too few to fit skip paths"):
+        run_frontier(*opened, settings, tmp_path, Teller(said.append))
+    assert counted == ["dense@1", "static-linear@0.5", "random@0.5"]
+    assert not is_attached(opened[0])
+    assert "too few to fit skip paths of 49 features: give at least as many. The other methods go on." in said[1]
+    counted.clear()
+    found = run_frontier(*opened, settings, tmp_path, lenient=True)
+    assert counted == ["static-linear@0.5"]
+    assert "random" in found.cells
+
+
+def test_one_row_has_no_interval(opened, model_folder, data, tmp_path):
+    settings = settings_for(model_folder, data, methods=("static",), max_windows=1, tasks=(), budgets=(0.5,))
+    found = run_frontier(*opened, settings, tmp_path)
+    ratio = found.cells["static"][0.5]["against_dense"]["perplexity"]["text.txt"]
+    assert ratio["value"] != 1
+    assert (ratio["low"], ratio["high"]) == (None, None)
+    (line,) = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| static")]
+    assert f"| {ratio['value']:.2f} |" in line
+    assert write_figures(tmp_path, found)
 
 
 def test_read_cell_says_what_is_wrong(folder):

@@ -1,12 +1,14 @@
 """Router-only tuning end to end on a tiny model: what moves, what must not, and what survives an interruption."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from dynadepth import attach, detach, is_attached, load, recording, routing_of, set_budget
 from dynadepth.errors import BudgetError, ConfigError, TuningError
+from dynadepth.tuning import start
 from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import kl_loss, kl_sum
@@ -84,10 +86,34 @@ def test_an_interrupted_run_resumes_where_it_was(tmp_path, monkeypatch, recipe):
     tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path / "cut")
     assert len(calls) == 100 + 12 - 4  # four steps were in the last checkpoint
     whole, cut = (load(tiny(), tmp_path / name) for name in ("whole", "cut"))
+    told = [routing_of(model).provenance["result"] for model in (cut, whole)]
+    assert told[0]["losses"] == pytest.approx(told[1]["losses"]), "those of both legs"
     ended, wanted = routing_of(cut).tensors(), routing_of(whole).tensors()
     assert ended.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(ended[name], tensor, msg=name)
+
+
+def test_seconds_are_those_of_all_legs(tmp_path):
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    (last,) = (tmp_path / "checkpoints").iterdir()
+    leg = json.loads((last / "leg.json").read_text())
+    assert 0 < leg["seconds"] < 600
+    (last / "leg.json").write_text(json.dumps({**leg, "seconds": 5000.0}))
+    again = tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    assert 5000 < again.seconds < 5600
+    assert again.losses == leg["losses"]
+    (last / "leg.json").unlink()
+    assert tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path).losses == []
+
+
+def test_a_method_without_biases_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "fit_paths", lambda *_: pytest.fail("found out late"))
+    recipe = dataclasses.replace(LINEAR, method={**LINEAR.method, "method": "random"}, init="importance")
+    for name in ("bias", "penalty"):
+        recipe.method.pop(name, None)
+    with pytest.raises(ConfigError, match="those of method 'random' have none: set init to zeros"):
+        tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path)
 
 
 def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(tmp_path, monkeypatch):

@@ -140,6 +140,11 @@ def _zero(module: nn.Module, args: Any, output: Any) -> Any:
 
 def check_same(model: PreTrainedModel, bare: Bare, last: Tensor) -> None:
     """With every site executing, the routed model must answer bit for bit as the bare one."""
+    if not bare.last.isfinite().all():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be routed: the bare model's own hidden states overflow in "
+            f"{str(bare.last.dtype).removeprefix('torch.')}; load it in another dtype, such as bfloat16."
+        )
     if not torch.equal(bare.last, last):
         worst = (bare.last.float() - last.float()).abs().max().item()
         raise UnsupportedModelError(

@@ -44,19 +44,21 @@ def bytes_moved(model: PreTrainedModel, kept: Kept, batch: int, length: int) -> 
     count that one token is sent to.
     """
     routing, costs, size = routing_of(model), sublayer_costs(model), model.dtype.itemsize
-    config = routing.config
+    config, own = routing.config, sublayer_costs(model, adapted=True)
     by_token, project = not routing.granularity.sticky, config.kv_policy == "project"
     head = model.get_output_embeddings()
     dense = 0.0 if head is None else float(head.weight.numel())
     for layer in costs:
         dense += layer["attention"].weights + layer["mlp"].weights + batch * layer["attention"].stored(length)
-    saved = 0.0
+    # A LoRA beside the routers is read by the routed model alone, and with what it stands in.
+    weights = [sum(layer[part].weights for layer in some for part in ("attention", "mlp")) for some in (costs, own)]
+    saved = float(weights[0] - weights[1])
     for site, shares in kept.items():
         share = sum(shares) / len(shares)
         # The chance that no row executes, so that weights are not read; less than 0 where one reads them twice.
         unused = (1.0 - share) ** batch if by_token else 1.0 - max(shares)
         for part in PARTS[site.target]:
-            cost = costs[site.layer][part]
+            cost = own[site.layer][part]
             made = cost.key_value_weights if by_token and project else 0  # keys and values are made all the same
             saved += unused * (cost.weights - made)
             seen = share * (share if by_token and not project else 1.0)

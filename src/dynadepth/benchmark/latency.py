@@ -29,7 +29,7 @@ from dynadepth.benchmark.ideal import ideal_saving
 from dynadepth.benchmark.pruned import bare_twin, pruned_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
 from dynadepth.benchmark.variants import Variant, applicable, build, drawn_sites, settling
-from dynadepth.compiled import compile_model
+from dynadepth.compiled import compile_model, is_compiled, uncompile
 from dynadepth.cost import flops, flops_share
 from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from dynadepth.routed import is_attached, routing_of
@@ -128,14 +128,12 @@ class _Bench:
         self.own: dict[str, PreTrainedModel] = {}
         if is_attached(model):
             copies: dict[str, Callable[[], PreTrainedModel]] = {
-                "routed": lambda: self._finished(shared_copy(model).eval()) if compiled else model,
+                "routed": lambda: self._routed(model),
                 "execute_all": lambda: self._finished(execute_all_copy(model)),
             }
             self.own = {name: copies[name]() for name in copies if name in variants}
         self.compared = {variant: self._finished(build(self.plain, variant)) for variant in compare}
         self.pruned: dict[_Twin, PreTrainedModel] = {}
-        self.cold = True
-        """Nothing has run yet: the first point has a round that warms up."""
 
     def point(self, work: Work, tell: Callable[[str], None]) -> list[Cell]:
         """The cells of one batch size and context."""
@@ -159,11 +157,8 @@ class _Bench:
             repeats=self.repeats,
             at_most=self.seconds,
             generate=[name for name in ("dense", "execute_all", "plain") if name in models and "execute_all" in routed],
-            warm=self.cold or self.compiled,  # a batch of another size may compile
             progress=tell,
         )
-        self.cold = False
-
         cells = []
         for name in routed or ["dense"]:
             one, own = models[name], samples[name]
@@ -176,6 +171,12 @@ class _Bench:
                     _add_pruned(cell, one, work, found[phase], twin_of[name], samples[label[twin_of[name]]])
                 cells.append(cell)
         return cells
+
+    def _routed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The given one, or where all are to be compiled or it alone is, a copy on the same weights."""
+        if not (self.compiled or is_compiled(model)):
+            return model
+        return self._finished(uncompile(shared_copy(model).eval()))
 
     def _pruned(self, twin: _Twin) -> PreTrainedModel:
         if twin not in self.pruned:
@@ -209,7 +210,7 @@ class _Bench:
 
 def execute_all_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The routed model with every router's threshold at minus infinity, on shared weights; the given one stays."""
-    copy = shared_copy(model).eval()
+    copy = uncompile(shared_copy(model).eval())
     for router in routing_of(copy).routers().values():
         router.threshold = torch.full_like(router.threshold, float("-inf"))
         router.asked = True  # whatever the budget: their cost is what is measured

@@ -28,6 +28,7 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.benchmark.cost_table import CostTable, Times, Workload
 from dynadepth.benchmark.pruned import bare_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
+from dynadepth.compiled import uncompile
 from dynadepth.errors import ConfigError
 from dynadepth.hub import cache_dir
 from dynadepth.methods import DepthConfig
@@ -172,7 +173,7 @@ def drawn_copy(model: PreTrainedModel, keep: float) -> PreTrainedModel:
 
     Of a static route, whose routers are never asked, the sites that execute are drawn.
     """
-    copy = shared_copy(model).eval()
+    copy = uncompile(shared_copy(model).eval())  # as the dense model beside it
     routing = routing_of(copy)
     n, static = len(routing.sites), routing.is_static
     places = random.Random(0).sample(range(n), n)

@@ -166,8 +166,9 @@ def _what_remains(layer: nn.Module, spec: ArchitectureSpec, has_attention: bool,
 
 
 def _set_layer_index(layer: nn.Module, spec: ArchitectureSpec, index: int) -> None:
-    """Points an attention at its place in the cache: `layer_idx` wherever the layer or its attention keeps it."""
-    for module in (layer, *getattr(layer, spec.attention).modules()):
+    """Points an attention (or what stands in its place) at its place in the cache: `layer_idx` wherever the layer or
+    its attention keeps it."""
+    for module in (layer, *getattr(layer, spec.attention, layer).modules()):
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx = index
 

@@ -27,7 +27,7 @@ from dynadepth.cost import PARTS
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
 
-FEWEST = 2
+FEWEST = 3
 """Rounds that run however long they take: prefills of a minute need no more to agree, or to show that they do not."""
 
 
@@ -110,11 +110,10 @@ def measure(
     repeats: int,
     at_most: float | None = None,
     generate: Sequence[str] = (),
-    warm: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Samples]:
-    """Times prefill and decode of all models, and `generate()` of those named, after an untimed warm-up of each unless
-    `warm` is False.
+    """Times prefill and decode of all models, and `generate()` of those named, after an untimed round of each (the
+    first prefill of a size takes the page faults of what earlier sizes gave back, and may compile).
 
     In the end a prefill of each looks at memory alone. `repeats` rounds, or fewer (but `FEWEST`) where they take longer
     than `at_most` seconds. Every cache is checked to hold the context before its first step, and all tokens after the
@@ -124,7 +123,9 @@ def measure(
     device = work.ids_BT.device
     with torch.no_grad(), _quiet_collector(), keeping_freed():
         started = time.perf_counter()
-        for round_ in range(-1 if warm else 0, repeats):  # round -1 warms up
+        for round_ in range(-1, repeats):  # round -1 warms up
+            if round_ == 0:
+                started = time.perf_counter()
             if at_most is not None and round_ >= FEWEST and time.perf_counter() - started > at_most:
                 break
             if progress is not None and round_ >= 0:

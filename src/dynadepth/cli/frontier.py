@@ -9,6 +9,7 @@ import typer
 
 from dynadepth.cli import options
 from dynadepth.cli.session import open_model, out, progress, reporting, say, table
+from dynadepth.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynadepth.report.cells import Findings
@@ -75,7 +76,7 @@ def frontier(
             options.check_at_least(value, option)
         options.check_seed(seed)
         options.check_output_folder(out_dir)
-        from dynadepth.frontier.rows import ROWS, chosen
+        from dynadepth.frontier.rows import ROWS, chosen, row_named
         from dynadepth.frontier.run import Teller, run_frontier
         from dynadepth.frontier.settings import Settings, parse_budgets, parse_data
         from dynadepth.report.frontier_figures import write_figures
@@ -87,6 +88,10 @@ def frontier(
         every = [row.name for row in ROWS if row.needs is None or row.needs in single]
         names = options.parse_names(methods, "--methods") or every
         chosen(names)
+        for row in map(row_named, single):
+            if not row.reads_data:
+                rather = f": it goes by that of {row.of}, --data {row.of}=FILE" if row.of else ""
+                raise ConfigError(f"--data {row.name}={single[row.name]}: {row.name} reads no data of its own{rather}.")
         settings = Settings(
             model=model,
             methods=tuple(names),

@@ -209,6 +209,13 @@ def tune(
             console.print(
                 Text(f"{percent(met)} execute, not {percent(asked)}: a route for every input runs whole sublayers.")
             )
+        if result.choice is None and result.kl_static is not None and result.kl_static < (result.kl_after or 0.0):
+            console.print(
+                Text(
+                    "The static route is nearer to dense on these texts, and costs nothing to decide: --method auto "
+                    "saves it where routers are not better."
+                )
+            )
         if result.choice is not None:
             console.print(Text(f"chosen: {result.choice.chosen} ({result.choice.why})"))
         words = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.utils.output_capturing import _active_collector
 
+from dynadepth.compiled.kernel import MOST_ROWS
 from dynadepth.compiled.twins import PLAN, Origin, Parted, Skipped, StepStore, obstacle, twin_of
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.call import CACHE_NAMES
@@ -98,10 +99,10 @@ class Steps:
     def run(self, form: str, twin: nn.Module, hidden: Tensor, store: tuple[Any, ...], *given: Any) -> Any:
         """`step` in the form's compiled version; None where compiling fails, which is said once.
 
-        One version serves every length, every number of rows above one, and all layers alike.
+        One version serves every length, every number of rows of a size (`_size`), and all layers alike.
         """
-        others, counted = given[-1], () if store[4] is None else tuple(len(rows) == 1 for rows in store[4])
-        key = (form, len(hidden) == 1, others.get("attention_mask") is None, counted)
+        others, counted = given[-1], () if store[4] is None else tuple(_size(len(rows)) for rows in store[4])
+        key = (form, _size(len(hidden)), others.get("attention_mask") is None, counted)
         run = self._forms.get(key)
         if run is None:
             run = self._forms[key] = self.make()
@@ -124,6 +125,11 @@ class Steps:
                 stacklevel=2,
             )
             return None
+
+
+def _size(rows: int) -> int:
+    """What of a number of rows the products of few rows ask: one, a few, more."""
+    return 0 if rows == 1 else 1 if rows <= MOST_ROWS else 2
 
 
 class Plan:

@@ -16,6 +16,9 @@ from dynadepth.compiled import kernel
 from dynadepth.routing.skip_path import LinearPath, Memory, Reality
 from dynadepth.routing.sublayer import restore_class, swap_class
 
+PLAIN = (nn.Parameter, Tensor)
+"""Weights that are numbers and nothing else: not torchao's, not sharded ones."""
+
 
 class SmallLinear:
     """Mixin put before `nn.Linear`; everything but a few rows without gradients takes the base's way."""
@@ -30,6 +33,7 @@ class SmallLinear:
             and input.numel() <= kernel.MOST_ROWS * weight.shape[1]
             and input.dtype is torch.bfloat16
             and weight.dtype is torch.bfloat16
+            and type(weight) in PLAIN
             and input.device.type == "cpu"
             and weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
@@ -98,7 +102,7 @@ def mixin_for(module: nn.Module) -> type | None:
     weight: Any = getattr(module, "weight", None)
     if type(module) is not nn.Linear or "forward" in vars(module) or weight.device.type != "cpu":
         return None
-    if type(weight) in (nn.Parameter, Tensor):
+    if type(weight) in PLAIN:
         return SmallLinear if weight.dtype is torch.bfloat16 else None
     return SmallInt8Linear if _int8_parts(weight) is not None else None
 

@@ -87,11 +87,14 @@ def evaluate(
                 "max_windows": max_windows,
                 "progress": _said(progress, file),
             }
-            if compare_dense:
-                divergences[file] = divergence(model, tokenizer, text, **options)
-                measured[file] = divergences[file].routed
-            else:
-                measured[file] = _perplexity(model, tokenizer, text, **options)
+            try:
+                if compare_dense:
+                    divergences[file] = divergence(model, tokenizer, text, **options)
+                    measured[file] = divergences[file].routed
+                else:
+                    measured[file] = _perplexity(model, tokenizer, text, **options)
+            except DataError as error:
+                raise DataError(f"{file}: {error}") from error
     out = _block(results, measured)
     out |= {"dense": None, "kl": None, "agreement": None}
     if compare_dense:
@@ -102,7 +105,7 @@ def evaluate(
         for name, result in results.items():
             for key, of in (("diff_vs_dense", "rows"), ("acc_diff_vs_dense", "acc_rows")):
                 rows = getattr(result, of), getattr(dense[name], of)
-                paired = rows[0] and len(rows[0]) == len(rows[1])
+                paired = len(rows[0]) == len(rows[1]) > 1
                 out["tasks"][name][key] = list(paired_bootstrap(*rows, seed=seed)) if paired else None
         out["dense"] = _block(dense, {file: d.dense for file, d in divergences.items()})
         count = sum(d.n_tokens for d in divergences.values())

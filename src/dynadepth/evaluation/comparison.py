@@ -22,10 +22,14 @@ def against(own: Rows, other: Rows, seed: int = 0) -> dict[str, Any]:
 
     `perplexity`: per text the ratio of perplexities; `kl`: per text the difference of the distances from dense, nats a
     token; `tasks`: per task the difference of its usual metric; `average`: the difference of the tasks' mean, each
-    task's rows drawn apart, None without tasks. Texts and tasks whose rows do not correspond are left out.
+    task's rows drawn apart, None without tasks. Texts and tasks whose rows do not correspond are left out; `low` and
+    `high` are None where there is one row.
     """
     texts = {
-        name: {key: math.exp(min(value, 700.0)) for key, value in _difference(*pair, seed).items()}
+        name: {
+            key: None if value is None else math.exp(min(value, 700.0))
+            for key, value in _difference(*pair, seed).items()
+        }
         for name, pair in _paired(own, other, "perplexity").items()
     }
     tasks = _paired(own, other, "tasks")
@@ -39,7 +43,7 @@ def against(own: Rows, other: Rows, seed: int = 0) -> dict[str, Any]:
 
 def mean_difference(
     pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0, n: int = 2000
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Mean over several sets of paired rows of mean(a) − mean(b), each set resampled by itself."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(n, dtype=torch.float64)
@@ -50,12 +54,14 @@ def mean_difference(
         for index in range(n):  # one draw at a time: n × rows at once would be large
             chosen = torch.randint(len(difference), (len(difference),), generator=generator)
             total[index] += difference[chosen].mean() / len(pairs)
+    if min(len(a) for a, _ in pairs) < 2:
+        return {"value": value, "low": None, "high": None}
     low, high = torch.quantile(total, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": value, "low": low, "high": high}
 
 
-def _difference(a: Sequence[float], b: Sequence[float], seed: int) -> dict[str, float]:
-    low, high = paired_bootstrap(a, b, seed=seed)
+def _difference(a: Sequence[float], b: Sequence[float], seed: int) -> dict[str, float | None]:
+    low, high = paired_bootstrap(a, b, seed=seed) if len(a) > 1 else (None, None)
     return {"value": sum(a) / len(a) - sum(b) / len(b), "low": low, "high": high}
 
 

@@ -29,6 +29,11 @@ class Row:
         return self.maker.of if isinstance(self.maker, beside) else None
 
     @property
+    def reads_data(self) -> bool:
+        """Has it tuning data of its own, or texts that it is measured on beforehand?"""
+        return self.of is None and not isinstance(self.maker, Dense | RandomPerInput)
+
+    @property
     def needs(self) -> str | None:
         """The row whose own data (`--data NAME=FILE`) this one cannot do without."""
         if isinstance(self.maker, Searched | Oracle):

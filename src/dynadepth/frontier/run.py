@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
-from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
+from dynadepth.errors import ConfigError, DataError, DynadepthError, UnsupportedModelError
 from dynadepth.evaluation.comparison import against
 from dynadepth.frontier.makers import Budget
 from dynadepth.frontier.pieces import Pieces, pieces_folder, remove, state_of
@@ -69,7 +69,8 @@ def run_frontier(
     Raises `ConfigError` for an unknown method or for cells and routers made with other settings, `BudgetError` for a
     budget that a method cannot reach, `DataError` for texts, tasks and tuning data that cannot be read: all of it
     before the first cell. A method that this model cannot have is said and left out, and so is, with `lenient`, one
-    whose data cannot be had.
+    whose data cannot be had. What only measuring shows (texts too short to fit skip paths on, say) ends one method: the
+    others go on, and its error is raised behind them (with `lenient` it is only said).
     """
     teller = teller or Teller()
     model.eval()
@@ -87,15 +88,25 @@ def run_frontier(
     plan = [(row, budget) for row, budget in plan if row in rows]
     _write_summary(bench, rows, plan)
 
+    failed: dict[str, DynadepthError] = {}
     for number, (row, budget) in enumerate(plan, start=1):
         name = cell_name(row.name, budget)
-        if _complete(bench, row, budget):
+        if _complete(bench, row, budget) or {row.name, row.of} & set(failed):
             continue
         place = f"[{number}/{len(plan)}] {name}"
         bench.tell = partial(_detail, teller, place)
-        cell = _measure(bench, row, budget, wanted[row.name])
+        try:
+            cell = _measure(bench, row, budget, wanted[row.name])
+        except DynadepthError as error:
+            if row.name == DENSE:
+                raise
+            failed[row.name] = error
+            teller.say(f"{place}: {error} The other methods go on.")
+            continue
         _write_summary(bench, rows, plan)
         teller.say(f"{place}: {_told(cell)}{_left(bench, plan)}")
+    if failed and not lenient:
+        raise next(iter(failed.values()))
     return read_folder(out)
 
 

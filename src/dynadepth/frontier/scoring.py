@@ -165,7 +165,8 @@ def timed(
 
 def blend(parts: Iterable[tuple[float, Any]]) -> Any:
     """The mean of documents of one form, weighted by shares that sum to one: numbers are mixed at any depth, anything
-    else is that of the largest share. A perplexity is made again from its mixed `nll`."""
+    else is that of the largest share, and so are `samples`, each of which was written under one route. A perplexity is
+    made again from its mixed `nll`, a speed-up from its mixed times."""
     parts = list(parts)
     if len(parts) == 1:
         return parts[0][1]
@@ -176,14 +177,33 @@ def blend(parts: Iterable[tuple[float, Any]]) -> Any:
             key: blend((share, value[key]) for share, value in parts) if all(key in v for v in values) else main[key]
             for key in main
         }
+        if isinstance(main.get("samples"), list):
+            mixed["samples"] = main["samples"]
         if {"ppl", "nll"} <= set(mixed):
             mixed["ppl"] = math.exp(min(mixed["nll"], 700.0))
-        return mixed
+        return mixed | _ratios(mixed, main) if mixed.get("routed_s") else mixed
     if all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
         return [blend(zip((share for share, _ in parts), items, strict=True)) for items in zip(*values, strict=True)]
     if all(type(value) in (int, float) for value in values) and len(set(values)) > 1:
         return sum(share * value for share, value in parts)
     return main
+
+
+def _ratios(mixed: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `bench` cell says of times, of mixed ones: means of ratios are not ratios of means."""
+    dense_s, routed_s, nominal_s = (mixed[name] for name in ("dense_s", "routed_s", "nominal_s"))
+    ideal = 0.0 if nominal_s is None else dense_s - nominal_s
+    efficiency = (dense_s - routed_s) / ideal if ideal > 0 else None
+    times = {name: (main.get(f"{name}_s"), mixed.get(f"{name}_s")) for name in main["tokens_per_s"]}
+    rates = {name: main["tokens_per_s"][name] * own / new for name, (own, new) in times.items() if own and new}
+    return {
+        "speedup": dense_s / routed_s,
+        "saving": 1.0 - routed_s / dense_s,
+        "overhead": routed_s / dense_s - 1.0,
+        "nominal_efficiency": efficiency,
+        "skip_efficiency": None if mixed["skip_efficiency"] is None else efficiency,
+        "tokens_per_s": {**mixed["tokens_per_s"], **rates},
+    }
 
 
 def _figures(model: PreTrainedModel, spent: Spent) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     budgets = []
     for part in text.split(","):
         try:
-            budgets.append(float(part))
+            budgets.append(float(f"{float(part):g}"))  # as cells are named by them
         except ValueError:
             raise BudgetError(
                 f"--budgets takes shares above 0 and at most 1, separated by commas, such as 0.75,0.5; not {text!r}."

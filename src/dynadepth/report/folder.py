@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dynadepth.errors import DataError
 from dynadepth.report.cells import CELLS, SUMMARY, Cell, Findings, read_cell, read_json
@@ -28,6 +31,12 @@ def usable(path: Path) -> Cell:
         shares = [(Site.parse(site), float(share)) for site, share in cell["site_keep"].items()]
         if any(not 0 <= site.layer < cell["layers"] for site, _ in shares):
             raise ValueError("site_keep names a layer that does not exist")
+        if not all(map(math.isfinite, (share for _, share in shares))):
+            raise ValueError("site_keep has a share that is no number")
+        for text in cell["text"]["perplexity"].values():
+            int(text.get("n_tokens") or 0)
+        for interval in _intervals(cell):
+            _check_interval(interval)
         for show in (table, task_table, budgets_met, compared, rough_timing):
             show(alone)
         per_kind([cell])
@@ -35,6 +44,24 @@ def usable(path: Path) -> Cell:
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged: its figures cannot be read ({error!r}).") from error
     return cell
+
+
+def _intervals(cell: Cell) -> Iterator[Any]:
+    """Of all differences from other cells."""
+    for name in ("against_dense", "against"):
+        differences = cell.get(name) or {}
+        yield from (differences.get(kind) for kind in ("average",) if differences.get(kind) is not None)
+        for kind in ("perplexity", "kl", "tasks"):
+            yield from (differences.get(kind) or {}).values()
+
+
+def _check_interval(interval: Any) -> None:
+    """Raises `TypeError` or `ValueError` for one that cannot be drawn."""
+    bounds = (interval["low"], interval["high"])
+    if (bounds[0] is None) != (bounds[1] is None):
+        raise ValueError("an interval has one end")
+    if not all(math.isfinite(float(bound)) for bound in (interval["value"], *bounds) if bound is not None):
+        raise ValueError("a difference is no number")
 
 
 def read_folder(folder: Path) -> Findings:
@@ -59,9 +86,9 @@ def read_folder(folder: Path) -> Findings:
         except DataError as error:
             found.problems.append(str(error))
     if not found.cells:
+        why = f" ({'; '.join(p.rstrip('.') for p in found.problems)})" if found.problems else ""
         raise DataError(
-            f"{folder} holds no finished cell of a frontier ({'; '.join(p.rstrip('.') for p in found.problems)}): make "
-            "some with `dynadepth frontier MODEL --out DIR`."
+            f"{folder} holds no finished cell of a frontier{why}: make some with `dynadepth frontier MODEL --out DIR`."
         )
     models = {str(cell["settings"].get("model")) for cells in found.cells.values() for cell in cells.values()}
     if len(models) > 1:

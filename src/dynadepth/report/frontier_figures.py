@@ -106,16 +106,24 @@ def _perplexity(summary: dict[str, Any], x: dict[str, float] | None, found: Find
     y, ratio = summary["perplexity"], summary["ratio"]
     if x is None or y is None:
         return None
-    low, high = (y * ratio["low"] / ratio["value"], y * ratio["high"] / ratio["value"]) if ratio else (y, y)
+    low, high = (y * bound / ratio["value"] for bound in _bounds(ratio)) if ratio else (y, y)
     return x["value"], y, (low, high), x["value"] * min(x["spread"], 1.0) / 2
 
 
 def _accuracy(summary: dict[str, Any]) -> Point | None:
-    value, difference = summary["tasks"], summary["difference"]
-    if value is None or summary["keep_all"] is None:
+    """At what executed on the tasks."""
+    value, difference, keep = summary["tasks"], summary["difference"], summary["keep_tasks"]
+    if value is None or keep is None:
         return None
-    low, high = (0.0, 0.0) if difference is None else (difference[k] - difference["value"] for k in ("low", "high"))
-    return summary["keep_all"], 100 * value, (100 * (value + low), 100 * (value + high)), 0.0
+    low, high = (bound - difference["value"] for bound in _bounds(difference)) if difference else (0.0, 0.0)
+    return keep, 100 * value, (100 * (value + low), 100 * (value + high)), 0.0
+
+
+def _bounds(interval: dict[str, float | None]) -> tuple[float, float]:
+    """Of an interval; the value itself where nothing is known of it."""
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    assert value is not None, "a value that was measured"
+    return value if low is None else low, value if high is None else high
 
 
 def _lines(series: dict[str, list[Point]], places: dict[str, int], x: str, y: str, *, log: bool, keeps: bool) -> Figure:

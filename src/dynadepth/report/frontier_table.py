@@ -222,6 +222,8 @@ def _interval(summary: Mapping[str, Any], key: str, scale: float, form: str) -> 
     value = summary[key]
     if value is None or summary["method"] == DENSE:
         return "-"
+    if value["low"] is None or value["high"] is None:
+        return form.format(scale * value["value"])
     shown = [form.format(scale * value[part]) for part in ("value", "low", "high")]
     return f"{shown[0]} ({shown[1]} to {shown[2]})"
 

@@ -108,10 +108,10 @@ def choose_from_routes(
     questions = questions_of(file, tokenizer)
     training, validation, heldout = ([q for p in part if (q := questions.get((p.source, p.id)))] for part in prompts)
     for name, part in (("validation", validation), ("held-out", heldout)):
-        if not part:
+        if len(part) < 2:
             raise DataError(
-                f"none of the {name} prompts is a multiple choice, on which routes are compared: search more of them, "
-                "or tune with --method drllm."
+                f"{len(part) or 'none'} of the {name} prompts is a multiple choice, on which routes are compared, and "
+                "it takes two: search more of them, or tune with --method drllm."
             )
 
     def tell(line: str) -> None:

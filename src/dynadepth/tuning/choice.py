@@ -36,8 +36,8 @@ class Choice:
     """In words."""
     kl_routers: float
     kl_static: float
-    interval: tuple[float, float]
-    """Of `kl_routers - kl_static`, 95 %, paired by example."""
+    interval: tuple[float, float] | None
+    """Of `kl_routers - kl_static`, 95 %, paired by example; None for one example."""
     n_examples: int
     order: tuple[int, ...]
     """Of the static route: layers, the one that is skipped first coming first."""
@@ -75,9 +75,9 @@ def choose(
     own = [[each * kl for kl in found.kl] for found in routed]
     twin = [[each * sum(share * fixed[c].kl[i] for c, share in parts) for i in range(n)] for parts in mixed]
     a, b = ([sum(column) / len(budgets) for column in zip(*rows, strict=True)] for rows in (own, twin))
-    interval = paired_bootstrap(a, b)
+    interval = paired_bootstrap(a, b) if n > 1 else None
     kl_routers, kl_static = sum(a) / n, sum(b) / n
-    chosen = ROUTERS if n > 1 and interval[1] < 0 else STATIC
+    chosen = ROUTERS if interval is not None and interval[1] < 0 else STATIC
     measured = zip(budgets, keeps, own, twin, strict=True)
     return Choice(
         chosen=chosen,

@@ -123,7 +123,7 @@ def tune(
         raise
     learnt = snapshot(model)
     before = distance(model, start.heldout, start.collator)
-    trainer = _train(model, start, recipe, out, seed, resume, progress)
+    trainer = _train(model, start, recipe, out, seed, resume, started, progress)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     way = moved(learnt, snapshot(model))
     choice = _set(model, start, recipe, progress)
@@ -135,7 +135,7 @@ def tune(
     fixed = partial(fixed_routes, model, {site: site.layer not in skip for site in routing.sites})
     result = TuneResult(
         directory=str(out),
-        seconds=time.monotonic() - started,
+        seconds=trainer.seconds,
         steps=trainer.state.global_step,
         n_trainable=n_trainable,
         n_train=len(start.training),
@@ -211,12 +211,21 @@ def _start(
 
 
 def _train(
-    model: nn.Module, start: _Start, recipe: Recipe, out: Path, seed: int, resume: bool, progress: Progress | None
+    model: nn.Module,
+    start: _Start,
+    recipe: Recipe,
+    out: Path,
+    seed: int,
+    resume: bool,
+    started: float,
+    progress: Progress | None,
 ) -> RouterTrainer:
-    """Trains, or goes on from the last checkpoint; what is stopped leaves a usable folder."""
+    """Trains, or goes on from the last checkpoint; what is stopped leaves a usable folder. `started`: when the run
+    began, by the monotonic clock."""
     routing = routing_of(model)
     scoring = Collator(start.collator.pad_token_id, seed=seed, score_prompts=recipe.score == "all")
     trainer = trainer_for(model, start.training, scoring, recipe, out, start.budget, seed, progress)
+    trainer.started = started
     checkpoint = resumable(out, routing.provenance) if resume else None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

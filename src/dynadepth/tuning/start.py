@@ -73,6 +73,11 @@ def check_learnable(model: nn.Module, recipe: Recipe) -> None:
             f"There is nothing to tune: method {routing.config.name!r} has no router parameters, and skip_path "
             f"{routing.config.skip_path!r} has none: set skip_path to linear."
         )
+    if recipe.init == "importance" and not routing.is_static and not hasattr(routing.config, "bias"):
+        raise ConfigError(
+            f"init: importance starts routers by their biases, and those of method {routing.config.name!r} have none: "
+            "set init to zeros, or take another method."
+        )
     if recipe.joint < 1 and not routing.paths() and routing.lora is None:
         raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths or LoRA: set it to 1.")
 

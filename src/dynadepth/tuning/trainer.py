@@ -3,7 +3,9 @@ checkpoints hold what is tuned and optimiser state."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dynadepth.errors import TuningError
+from dynadepth.errors import DataError, TuningError
 from dynadepth.model import save
+from dynadepth.records import read_json, write_json
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.sublayer import PATH, ROUTER
 from dynadepth.tuning.controller import QuantileController, RouteController
@@ -20,6 +23,9 @@ from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.start import keep_of
+
+LEG = "leg.json"
+"""In a checkpoint: what its run took up to there."""
 
 BESIDE = ("paths", "lora")
 """Kinds of parameters that are not the routers' (`_kind`)."""
@@ -41,6 +47,7 @@ class RouterTrainer(Trainer):
         self.losses: list[float] = []
         """One a step."""
         self.keeps: list[float] = []
+        self.started, self.before = time.monotonic(), 0.0
         self._step = -1
         self.last_good = snapshot(self.model)
 
@@ -93,12 +100,22 @@ class RouterTrainer(Trainer):
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began, earlier legs of an interrupted one included."""
+        return self.before + time.monotonic() - self.started
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save(self.model, output_dir or str(self.args.output_dir))
+        folder = output_dir or str(self.args.output_dir)
+        save(self.model, folder)
+        write_json(Path(folder) / LEG, {"seconds": self.seconds, "losses": self.losses})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         from dynadepth import adapter
 
+        with suppress(DataError, KeyError, TypeError):  # of an older version, or damaged: this leg alone is told of
+            leg = read_json(Path(resume_from_checkpoint) / LEG)
+            self.before, self.losses = float(leg["seconds"]), [float(loss) for loss in leg["losses"]]
         document, tensors = adapter.read(Path(resume_from_checkpoint))
         lora = adapter.read_lora(Path(resume_from_checkpoint), document)
         _restore(self.model, tensors if lora is None else {**tensors, **lora[1]})
