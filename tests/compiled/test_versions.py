@@ -12,6 +12,7 @@ from torch import nn
 import dynadepth
 from dynadepth import MindSkipConfig, Site, fixed_routes, routing_of
 from dynadepth.compiled import linear
+from dynadepth.errors import UnsupportedModelError
 from parity.models import FAMILIES
 from small import ALL, paths, ragged, scatter
 
@@ -55,6 +56,14 @@ def test_batches_of_any_size_compile_a_form_once(family: str, kinds: int, versio
     assert max(versions.values()) <= 2 * kinds, "for the first number of rows, and for all of them"
     assert len(versions) == len(steps._forms)
     assert {"executed", "skipped"} <= {key[0] for key in steps._forms}
+
+
+def test_layers_in_other_places_of_the_cache_are_refused_by_name() -> None:
+    model = FAMILIES["llama"]().eval()
+    del model.model.layers[1]
+    with pytest.raises(UnsupportedModelError, match="layer 1 keeps its keys in place 2 of the cache"):
+        dynadepth.compile(model)
+    assert not hasattr(model.model.layers[0], "compiled_plan")
 
 
 def test_weights_that_become_something_else_take_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:

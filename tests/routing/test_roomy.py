@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from dynadepth import fixed_routes
 from dynadepth.routing import roomy
 from dynadepth.routing.roomy import Room, make_plain, make_roomy
-from small import FAMILIES, WINDOW, bare, ids, ragged, routed
+from small import FAMILIES, WINDOW, bare, ids, mixed, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -163,6 +164,22 @@ def test_a_routed_cache_counts_its_room_apart(family: str) -> None:
     spare = sum(one.spare_bytes() for one in held)
     assert spare > 0
     assert cache.reserved_bytes() == cache.kv_bytes() + spare
+
+
+@pytest.mark.parametrize("routes", [{}, mixed(4)], ids=["alike", "mixed"])
+def test_rows_that_change_places_leave_their_room_at_once(routes: dict[Any, Any]) -> None:
+    """Beams are reordered at every step: old rooms of all layers would be held beside the new keys of all."""
+    model = routed()
+    with torch.no_grad(), fixed_routes(model, routes):
+        cache = model(input_ids=ids(4, 9)).past_key_values
+        model(input_ids=ids(4, 1), past_key_values=cache)
+        assert cache.reserved_bytes() > cache.kv_bytes()
+        cache.reorder_cache(torch.tensor([1, 0, 3, 2]))
+        assert cache.reserved_bytes() == cache.kv_bytes()
+        model(input_ids=ids(4, 1), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        assert cache.reserved_bytes() == cache.kv_bytes() > 0
+        model(input_ids=ids(2, 1), past_key_values=cache)
 
 
 def test_cached_steps_are_differentiable_when_queries_alone_learn() -> None:

@@ -40,6 +40,13 @@ def compile_model(model: M) -> M:
     found = next((why for why in map(obstacle, layers) if why is not None), None)
     if found is not None:
         raise UnsupportedModelError(f"{type(base).__name__} cannot be compiled: {found}. Take it off first.")
+    for index, layer in enumerate(layers):
+        place = getattr(getattr(layer, spec.attention, None), "layer_idx", index)
+        if place != index:
+            raise UnsupportedModelError(
+                f"{type(base).__name__} cannot be compiled: layer {index} keeps its keys in place {place} of the cache "
+                "(layers were taken out or moved?); set its attention's layer_idx and the config's num_hidden_layers."
+            )
     base.compiled_linears = []
     if any(linear.mixin_for(module) for module in base.modules()):
         reason = kernel.load()

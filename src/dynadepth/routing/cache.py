@@ -182,13 +182,18 @@ class RoutedCache(DynamicCache):
                     layer.reset()
                     continue
             layer.reorder_cache(physical)
+            if isinstance(layer, Room):
+                layer.leave()  # before the next layer's rows are copied
         self.memories.take(order)
         self.book.take(order)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         if self.book.uniform or not self.book.routes:
             # Rows alike: a layer holds all of them or none, so that the order can stay on the device.
-            super().reorder_cache(beam_idx)
+            for layer in self.layers:
+                layer.reorder_cache(beam_idx)
+                if isinstance(layer, Room):
+                    layer.leave()
             self.memories.reorder(beam_idx)
         else:
             self._take(beam_idx.tolist(), beam_idx)

@@ -75,8 +75,13 @@ class Room:
             and not torch.is_grad_enabled()
         )
 
+    def leave(self) -> None:
+        """Lets a room go whose rows are not the layer's any more, now and not with the next token."""
+        if self._lent is not None and self.keys is not self._lent[0]:
+            self._room = self._lent = None
+
     def spare_bytes(self) -> int:
-        """Bytes allocated beyond the tokens held: of a room that is left, too, until the next token replaces it."""
+        """Bytes allocated beyond the tokens held: of a room that is left, too, until it is let go."""
         if self._room is None:
             return 0
         lent = self._lent if self._lent is not None and self.keys is self._lent[0] else ()
