@@ -138,7 +138,7 @@ class RouteTree:
         self._asked: list[_Asked] = []
         self._root: _Node | None = None
         self._closed: set[_Node] = set()
-        self._shortest = False  # no new route was drawn from the dense one to the most layers
+        self._drawn_out = False  # no new route was drawn from the dense one to the most layers
         # Times made, sum of what was gained: reward, and the share of the depth that was saved. (λ would drown the
         # reward here: every skip would come before every untried move.)
         self._gains: dict[Move, tuple[int, float]] = {}
@@ -191,7 +191,7 @@ class RouteTree:
                 children = [(node, (move,), made(node.counts, move)) for move in self._draw(node, n)]
             if children:
                 return children
-            self._shortest |= self._is_long(node)
+            self._drawn_out |= self._is_long(node)
             self._close(node)
         return []
 
@@ -202,7 +202,7 @@ class RouteTree:
             self._forget_seen(node)
             open_children = [child for child in node.children if child not in self._closed]
             wide = len(node.children) >= self.settings.widening * math.sqrt(node.visits)
-            more = node.untried or (self._is_long(node) and not self._shortest)
+            more = node.untried or (self._is_long(node) and not self._drawn_out)
             if not open_children or (more and not wide):
                 return node
             if self._random.random() < self.settings.random_prior:
