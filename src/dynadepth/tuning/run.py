@@ -19,11 +19,12 @@ from dynadepth.lora import LoraSettings
 from dynadepth.methods import StaticConfig
 from dynadepth.model import add_lora, attach, detach, fixed_routes, save
 from dynadepth.routed import is_attached, routing_of, unwrapped
-from dynadepth.routing.decision import KeepRatio, Site
+from dynadepth.routing.decision import KeepRatio
 from dynadepth.tuning.choice import STATIC, Choice, choose, settle
 from dynadepth.tuning.data import Collator, Example, pad_token_id
 from dynadepth.tuning.heldout import distance, distances
 from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.resuming import Measured, keep_start, kept_start, restore, resumable, snapshot
 from dynadepth.tuning.start import (
     check_learnable,
     damage_of,
@@ -31,12 +32,11 @@ from dynadepth.tuning.start import (
     fit,
     held_out,
     initialise,
-    resumable,
     scores_of,
     start_by_token,
     state_budget,
 )
-from dynadepth.tuning.trainer import Progress, RouterTrainer, moved, snapshot, trainer_for
+from dynadepth.tuning.trainer import Progress, RouterTrainer, moved, trainer_for
 
 
 @dataclass
@@ -79,9 +79,9 @@ class _Start:
     """Held-out ones, as far as a decision sees them."""
     shares: list[float]
     """Keep ratios to calibrate; none of a static route."""
-    scores: dict[Site, float]
-    """Importance."""
-    explained: dict[str, float] | None
+    measured: Measured
+    earlier: float
+    """Seconds that an interrupted run took to make it; 0 where it was made now."""
 
 
 def tune(
@@ -103,9 +103,10 @@ def tune(
 
     Where the recipe says `choose`, a static route with the same skip paths is saved instead unless the routers are
     better. Held-out examples (the recipe's share, or as many as calibration takes) give the calibration, that choice
-    and the figures of the result, never gradients. An interrupted run with the same settings resumes from its last
-    checkpoint. Raises TuningError where the loss turns NaN (the last good routers are saved first) or where there are
-    too few examples, ConfigError where the recipe leaves nothing to tune.
+    and the figures of the result, never gradients. An interrupted run with the same model, settings and data
+    resumes from its last checkpoint, and what it measured and fitted to start from is not done again. Raises
+    TuningError where the loss turns NaN (the last good routers are saved first) or where there are too few examples,
+    ConfigError where the recipe leaves nothing to tune.
     """
     started = time.monotonic()
     out = Path(out)
@@ -117,7 +118,7 @@ def tune(
     overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
     attach(model, recipe.config(**overrides))
     try:
-        start = _start(model, pad_token_id(tokenizer), examples, recipe, budget, overrides, seed, progress)
+        start = _start(model, pad_token_id(tokenizer), examples, recipe, budget, overrides, out, seed, resume, progress)
     except BaseException:
         detach(model)
         raise
@@ -129,7 +130,7 @@ def tune(
     choice = _set(model, start, recipe, progress)
     after = distance(model, start.heldout, start.collator)
     routing = routing_of(model)
-    skip = budgets.static_skip(start.scores, start.budget, routing.n_layers)
+    skip = budgets.static_skip(start.measured.scores, start.budget, routing.n_layers)
     if isinstance(routing.config, StaticConfig):
         skip = routing.config.skip
     fixed = partial(fixed_routes, model, {site: site.layer not in skip for site in routing.sites})
@@ -148,7 +149,7 @@ def tune(
         losses=trainer.losses,
         static_skip=list(skip),
         kl_static=None if routing.is_static else distances(model, start.heldout, start.collator, [fixed])[0].mean,
-        explained=start.explained,
+        explained=start.measured.explained,
         choice=choice,
     )
     for path in routing.paths().values():
@@ -167,7 +168,9 @@ def _start(
     recipe: Recipe,
     budget: float | None,
     overrides: dict[str, str | None],
+    out: Path,
     seed: int,
+    resume: bool,
     progress: Progress | None,
 ) -> _Start:
     if recipe.lora:
@@ -198,16 +201,38 @@ def _start(
     prompts = budgets.prompts_to_batches(decided, pad)
     if shares:
         budgets.check_prompts(model, prompts, len(shares))
+    began, kept = time.monotonic(), kept_start(model, out) if resume else None
+    if kept is None:
+        measured = _measure(model, pad, examples, heldout, training, recipe, progress)
+    else:
+        measured = kept[0]
+    torch.manual_seed(seed)
+    initialise(model, recipe, measured.scores, budget)
+    if kept is None:
+        start_by_token(model, recipe, training, pad, budget, _stage(progress, "fit"))
+        keep_start(model, out, measured, time.monotonic() - began)
+    else:
+        restore(model, kept[1])
+    earlier = 0.0 if kept is None else kept[2]
+    return _Start(budget, training, heldout, collator, prompts, shares, measured, earlier)
+
+
+def _measure(
+    model: nn.Module,
+    pad: int,
+    examples: Sequence[Example],
+    heldout: list[Example],
+    training: list[Example],
+    recipe: Recipe,
+    progress: Progress | None,
+) -> Measured:
+    """Fits the skip paths, and measures what the recipe's order needs."""
     explained = fit(model, training, pad, _stage(progress, "fit"))
     if recipe.order == "damage":
-        scores = damage_of(model, heldout, pad, _stage(progress, "importance by removal"))
-    else:
-        scores = scores_of(model, examples, pad, routing.target.name)
-        scores = {site: score for site, score in scores.items() if site in routing.states}
-    torch.manual_seed(seed)
-    initialise(model, recipe, scores, budget)
-    start_by_token(model, recipe, training, pad, budget, _stage(progress, "fit"))
-    return _Start(budget, training, heldout, collator, prompts, shares, scores, explained)
+        return Measured(damage_of(model, heldout, pad, _stage(progress, "importance by removal")), explained)
+    routing = routing_of(model)
+    scores = scores_of(model, examples, pad, routing.target.name)
+    return Measured({site: score for site, score in scores.items() if site in routing.states}, explained)
 
 
 def _train(
@@ -225,10 +250,10 @@ def _train(
     routing = routing_of(model)
     scoring = Collator(start.collator.pad_token_id, seed=seed, score_prompts=recipe.score == "all")
     trainer = trainer_for(model, start.training, scoring, recipe, out, start.budget, seed, progress)
-    trainer.started = started
-    checkpoint = resumable(out, routing.provenance) if resume else None
+    trainer.started, trainer.before = started, start.earlier
+    checkpoint = resumable(model, out) if resume else None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (KeyboardInterrupt, TuningError) as error:
         routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
         if routing.is_static:
@@ -250,7 +275,7 @@ def _set(model: nn.Module, start: _Start, recipe: Recipe, progress: Progress | N
         if recipe.choose:
             compared = sorted({start.budget, *recipe.budgets}, reverse=True)
             stage = _stage(progress, "compare")
-            choice = choose(model, start.heldout, start.collator, compared, start.scores, stage)
+            choice = choose(model, start.heldout, start.collator, compared, start.measured.scores, stage)
             if choice.chosen == STATIC:
                 settle(model, choice.order)
     routing = routing_of(model)

@@ -1,23 +1,19 @@
-"""Where a run starts: its budget, routers or a route from importance scores, skip paths fitted in closed form, or the
-checkpoint of an interrupted one."""
+"""Where a run starts: its budget, routers or a route from importance scores, skip paths fitted in closed form."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dynadepth import adapter
 from dynadepth.budget import Batches, importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
 from dynadepth.dial import check_budget, set_budget
-from dynadepth.errors import AdapterError, ConfigError
+from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
 from dynadepth.removal import Damage, alone
 from dynadepth.routed import Routing, routing_of, unwrapped
@@ -170,17 +166,3 @@ def held_out(recipe: Recipe, routing: Routing, n_examples: int, shares: int) -> 
 def data_digest(examples: Sequence[Example]) -> str:
     """Of what is tuned on and held out: a checkpoint of other data is not gone on from."""
     return hashlib.sha256(json.dumps([(e.input_ids, e.prompt_length) for e in examples]).encode()).hexdigest()[:16]
-
-
-def resumable(out: Path, provenance: dict[str, Any]) -> str | None:
-    """The last checkpoint in `out`, if it was made with the same settings; others, and what a kill left half
-    written, are left alone and not used."""
-    found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        try:
-            saved = adapter.read(path)[0].get("provenance")
-        except AdapterError:
-            continue
-        if saved == json.loads(json.dumps(copy.deepcopy(provenance))):
-            return str(path)
-    return None

@@ -22,6 +22,7 @@ from dynadepth.tuning.controller import QuantileController, RouteController
 from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import OBJECTIVES
 from dynadepth.tuning.recipe import Recipe
+from dynadepth.tuning.resuming import CHECKPOINTS, restore, restore_from, snapshot
 from dynadepth.tuning.start import keep_of
 
 LEG = "leg.json"
@@ -67,7 +68,7 @@ class RouterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            _restore(self.model, self.last_good)
+            restore(self.model, self.last_good)
             raise TuningError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}; the routers are those of the "
                 "last good step. Try a lower learning_rate, or bfloat16 instead of float16."
@@ -111,14 +112,10 @@ class RouterTrainer(Trainer):
         write_json(Path(folder) / LEG, {"seconds": self.seconds, "losses": self.losses})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        from dynadepth import adapter
-
         with suppress(DataError, KeyError, TypeError):  # of an older version, or damaged: this leg alone is told of
             leg = read_json(Path(resume_from_checkpoint) / LEG)
             self.before, self.losses = float(leg["seconds"]), [float(loss) for loss in leg["losses"]]
-        document, tensors = adapter.read(Path(resume_from_checkpoint))
-        lora = adapter.read_lora(Path(resume_from_checkpoint), document)
-        _restore(self.model, tensors if lora is None else {**tensors, **lora[1]})
+        restore_from(self.model, Path(resume_from_checkpoint))
 
 
 class _Phases(TrainerCallback):
@@ -157,22 +154,6 @@ def _kind(name: str) -> str:
     return "biases" if name.endswith(f"{ROUTER}.bias") else "others"
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all that is learnt, by the names on disk."""
-    routing = routing_of(model)
-    beside = {} if routing.lora is None else routing.lora.tensors()
-    return {name: tensor.clone() for name, tensor in {**routing.tensors(), **beside}.items()}
-
-
-def _restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `snapshot`."""
-    routing = routing_of(model)
-    beside = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    routing.load_tensors({name: tensor for name, tensor in tensors.items() if name not in beside})
-    if routing.lora is not None:
-        routing.lora.load_tensors(beside)
-
-
 def moved(before: dict[str, Tensor], now: dict[str, Tensor]) -> float:
     """Root mean square change of the router parameters between two snapshots."""
     routers = [name for name in now if not name.endswith("threshold") and _kind(name) not in BESIDE]
@@ -196,7 +177,7 @@ def trainer_for(
     per_step = recipe.batch_size * recipe.gradient_accumulation
     total = steps if steps > 0 else max(1, round(recipe.epochs * len(training) / per_step))
     args = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
+        output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.learning_rate,
