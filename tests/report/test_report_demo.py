@@ -18,11 +18,10 @@ from dynadepth.report.html import render
 from dynadepth.report.samples import answers, read_prompts
 from dynadepth.report.summary import VARIANTS, rows, verdict
 from dynadepth.report.twin import StaticTwins
-from dynadepth.routing.decision import Site
 from dynadepth.tuning import load_recipe
 from saved_model import N_LAYERS, attach_routers
 
-SCORES = {Site(layer, "attention"): score for layer, score in enumerate((0.4, 0.1, 0.3, 0.2))}
+ORDER = (1, 3, 2, 0)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def test_only_routers_of_the_same_run_are_used_again(told, settings, model_folde
 
 
 def test_twins_skip_the_least_important(routed):
-    twins = StaticTwins(routed, SCORES)
+    twins = StaticTwins(routed, ORDER)
     assert [twins.skipped(count) for count in range(4)] == [(), (1,), (1, 3), (1, 2, 3)]
     twin = twins.skipping(2)
     assert dynadepth.routing_of(twin).config.skip == (1, 3)
@@ -125,14 +124,14 @@ def test_routers_of_a_newer_version_are_not_tuned_over(routed, tmp_path):
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.75, 0.6, 0.5, 0.25])
 def test_mixture_has_exactly_the_keep_ratio(routed, keep):
-    twins = StaticTwins(routed, SCORES)
+    twins = StaticTwins(routed, ORDER)
     mixture = twins.mixture(keep)
     assert sum(share for _, share in mixture) == pytest.approx(1)
     assert sum(share * (N_LAYERS - count) for count, share in mixture) / N_LAYERS == pytest.approx(keep, abs=1e-3)
 
 
 def test_matched_figures_are_means_over_the_mixture(routed):
-    twins = StaticTwins(routed, SCORES)
+    twins = StaticTwins(routed, ORDER)
 
     def measured(model):
         skipped = float(len(dynadepth.routing_of(model).config.skip))
@@ -143,7 +142,7 @@ def test_matched_figures_are_means_over_the_mixture(routed):
 
 def test_static_execute_all_is_dense(routed):
     tokenizer_free = torch.randint(4, 20, (2, 9), generator=torch.Generator().manual_seed(0))
-    twin = StaticTwins(routed, SCORES).skipping(0)
+    twin = StaticTwins(routed, ORDER).skipping(0)
     with torch.no_grad(), dynadepth.disabled(routed):
         assert torch.equal(twin(tokenizer_free).logits, routed(tokenizer_free).logits)
 

@@ -1,46 +1,84 @@
-"""Orders of sublayers that tuning measures: 1 − cosine, or the damage of each with its skip path in place."""
+"""Orders of sublayers that tuning measures: 1 − cosine, damage with the skip path in place, and both ranks."""
 
 import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dynadepth import StaticConfig, attach, disabled, fixed_routes, routing_of
-from dynadepth.budget import in_order, prompts_to_batches
+from dynadepth import StaticConfig, attach, disabled, fixed_routes, load, routing_of
+from dynadepth.budget import in_order, joined, prompts_to_batches
 from dynadepth.errors import ConfigError
-from dynadepth.tuning import start, tune
-from dynadepth.tuning.start import scores_of
+from dynadepth.routing.decision import Site
+from dynadepth.tuning import orders, tune
+from dynadepth.tuning.orders import by_rank, scores_of
 from dynadepth.tuning.surrogate import fit_paths
 from tuning_runs import LINEAR, STATIC, Tokenizer, examples, tiny
 
 SHORT = dataclasses.replace(STATIC, order="damage", max_steps=1, path_learning_rate=1e-12)
+HELD = 24
+"""Of 60 examples, by the recipe."""
 
 
-def damages(model, texts):
-    """KL of each site skipped alone, from plain forwards of one text after the other."""
-    found = dict.fromkeys(routing_of(model).sites, 0.0)
+@pytest.fixture(autouse=True)
+def every_token(monkeypatch):
+    monkeypatch.setattr(orders, "DAMAGE_STRIDE", 1)
+
+
+def fitted(texts):
+    model = attach(tiny().eval(), StaticConfig(layers="all", skip_path="linear", skip_rank=4))
+    fit_paths(model, prompts_to_batches([e.input_ids for e in texts[HELD:]], 0))
+    return model
+
+
+def lost(model, texts, skipped):
+    """KL of a route in nats a token, from plain forwards of one long held-out window after the other."""
+    total, tokens = 0.0, 0
     with torch.no_grad():
-        for text in texts:
-            ids = torch.tensor([text.input_ids])
+        for ids in joined((e.input_ids for e in texts[:HELD]), 128, orders.DAMAGE_WINDOWS):
             with disabled(model):
-                dense = model(ids).logits.log_softmax(-1)
-            for site in found:
-                with fixed_routes(model, {site: False}):
-                    routed = model(ids).logits.log_softmax(-1)
-                found[site] += float((dense.exp() * (dense - routed)).sum())
-    return found
+                dense = model(torch.tensor([ids])).logits.log_softmax(-1)
+            with fixed_routes(model, {site: site.layer not in skipped for site in routing_of(model).sites}):
+                routed = model(torch.tensor([ids])).logits.log_softmax(-1)
+            total += float((dense.exp() * (dense - routed)).sum())
+            tokens += len(ids)
+    return total / tokens
 
 
-def test_damage_is_measured_behind_the_fitted_paths(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "DAMAGE_STRIDE", 1)
+def test_damage_is_measured_behind_the_fitted_paths(tmp_path):
     made, texts = tiny(), examples(n=60)
     tune(made, Tokenizer(), texts, SHORT, out=tmp_path, budget=0.5)
     order = routing_of(made).config.order
-    model = attach(tiny().eval(), StaticConfig(layers="all", skip_path="linear", skip_rank=4))
-    heldout, training = texts[:24], texts[24:]
-    fit_paths(model, prompts_to_batches([e.input_ids for e in training], 0))
-    assert order == in_order(damages(model, heldout))
+    model = fitted(texts)
+    assert order == in_order({Site(i, "attention"): lost(model, texts, {i}) for i in range(4)})
     assert order != in_order(scores_of(tiny(), texts, 0, "attention")), "the test must be able to fail"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_are_the_sum_of_both(tmp_path, seed):
+    """Of equal sums the less harmful one goes first; the saved route skips by it."""
+    made, texts = tiny(), examples(n=60, seed=seed)
+    result = tune(made, Tokenizer(), texts, dataclasses.replace(SHORT, order="ranks"), out=tmp_path, budget=0.5)
+    model = fitted(texts)
+    cosine = scores_of(tiny().eval(), texts, 0, "attention")
+    damage = {site: lost(model, texts, {site.layer}) for site in cosine}
+    first, second = ({site: i for i, site in enumerate(sorted(s, key=s.get))} for s in (cosine, damage))
+    wanted = sorted(cosine, key=lambda site: (first[site] + second[site], second[site]))
+    assert result.order == [site.layer for site in wanted]
+    assert routing_of(load(tiny(), tmp_path)).config.order == tuple(result.order)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
+def test_what_both_orders_agree_on_the_ranks_keep(scores):
+    sites = [Site(i, "attention") for i in range(len(scores))]
+    cosine, harm = ({site: pair[k] for site, pair in zip(sites, scores, strict=True)} for k in (0, 1))
+    ranks = by_rank(cosine, harm)
+    assert len(set(ranks.values())) == len(sites), "no two are equal"
+    for a in sites:
+        for b in sites:
+            if cosine[a] < cosine[b] and harm[a] < harm[b]:
+                assert ranks[a] < ranks[b]
 
 
 def test_routers_start_from_it(tmp_path):
@@ -53,7 +91,7 @@ def test_routers_start_from_it(tmp_path):
 
 
 def test_unknown_and_contradicting_orders():
-    with pytest.raises(ConfigError, match="order must be one of cosine, damage, not 'greedy'"):
+    with pytest.raises(ConfigError, match="order must be one of cosine, damage, ranks, not 'greedy'"):
         dataclasses.replace(STATIC, order="greedy")
     recipe = dataclasses.replace(STATIC, order="damage", init="zeros", method={"method": "static", "order": (1, 2)})
     with pytest.raises(ConfigError, match=r"order: damage measures an order, and method.order \[1, 2\] gives one"):

@@ -13,7 +13,8 @@ from tuning_runs import LINEAR, RECIPE, STATIC, Tokenizer, examples, tiny
 
 TOKEN = dataclasses.replace(LINEAR, method={**LINEAR.method, "granularity": "token"})
 LORA = dataclasses.replace(LINEAR, lora={"rank": 2})
-RECIPES = {"identity": RECIPE, "linear": LINEAR, "static": STATIC, "token": TOKEN, "lora": LORA}
+RANKS = dataclasses.replace(LINEAR, order="ranks")
+RECIPES = {"ranks": RANKS, "identity": RECIPE, "linear": LINEAR, "static": STATIC, "token": TOKEN, "lora": LORA}
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def stopped(monkeypatch):
             tune(tiny(), Tokenizer(), examples(), recipe, out=out, **given)
         monkeypatch.setattr(RouterTrainer, "training_step", step)
         calls = []
-        for name in ("fit", "scores_of", "damage_of", "start_by_token"):
+        for name in ("fit", "scores_by", "start_by_token"):
             whole = getattr(run, name)
             monkeypatch.setattr(run, name, lambda *a, _name=name, _whole=whole: calls.append(_name) or _whole(*a))
         return calls
@@ -47,6 +48,7 @@ def test_what_was_measured_and_fitted_is_not_done_again(tmp_path, stopped, name)
     assert calls == []
     cut, whole = (routing_of(load(tiny(), tmp_path / folder)) for folder in ("cut", "whole"))
     assert cut.provenance["result"]["explained"] == whole.provenance["result"]["explained"]
+    assert cut.provenance["result"]["order"] == whole.provenance["result"]["order"]
     assert cut.config == whole.config
     ended, wanted = cut.tensors(), whole.tensors()
     assert ended.keys() == wanted.keys()
@@ -77,7 +79,7 @@ def test_a_start_that_does_not_fit_is_made_again(tmp_path, stopped, damage):
     else:
         (folder / "routers.safetensors").write_bytes(b"\0" * 64)
     tune(tiny(), Tokenizer(), examples(), LINEAR, out=tmp_path)
-    assert calls == ["fit", "scores_of", "start_by_token"]
+    assert calls == ["fit", "scores_by", "start_by_token"]
 
 
 def test_another_run_measures_for_itself(tmp_path, stopped):
@@ -88,7 +90,7 @@ def test_another_run_measures_for_itself(tmp_path, stopped):
         (tiny(), examples(seed=1), LINEAR),
     ):
         tune(model, Tokenizer(), texts, recipe, out=tmp_path)
-        assert calls[:2] == ["fit", "scores_of"]
+        assert calls[:2] == ["fit", "scores_by"]
         calls.clear()
     stopped(LINEAR, tmp_path)
     calls.clear()
@@ -97,7 +99,7 @@ def test_another_run_measures_for_itself(tmp_path, stopped):
         for parameter in flipped.parameters():
             parameter.neg_()
     tune(flipped, Tokenizer(), examples(), LINEAR, out=tmp_path)
-    assert calls[:2] == ["fit", "scores_of"]
+    assert calls[:2] == ["fit", "scores_by"]
 
 
 def test_a_checkpoint_of_other_weights_is_not_gone_on_from(tmp_path):
@@ -114,4 +116,4 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_from(tmp_path):
 def test_resume_false_starts_anew(tmp_path, stopped):
     calls = stopped(LINEAR, tmp_path)
     tune(tiny(), Tokenizer(), examples(), LINEAR, out=tmp_path, resume=False)
-    assert calls[:2] == ["fit", "scores_of"]
+    assert calls[:2] == ["fit", "scores_by"]

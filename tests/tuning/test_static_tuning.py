@@ -11,7 +11,7 @@ from dynadepth.budget import in_order
 from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.tuning import Collator, tune
 from dynadepth.tuning.controller import QuantileController, RouteController
-from dynadepth.tuning.start import scores_of
+from dynadepth.tuning.orders import scores_of
 from dynadepth.tuning.trainer import RouterTrainer
 from tuning_runs import LINEAR, STATIC, Tokenizer, examples, fingerprint, tiny
 

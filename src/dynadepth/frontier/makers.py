@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dynadepth.budget import in_order, mixture
+from dynadepth import adapter
+from dynadepth.budget import mixture
 from dynadepth.dial import set_budget
-from dynadepth.errors import BudgetError
+from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
@@ -164,12 +165,21 @@ class TwinOf(Maker):
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         recipe = self.row.made()
         folder = bench.routers(self.of, recipe)
-        scores = bench.scores(self.of, recipe, recipe.config().target)
-        routed = recipe.config().routed_layers(bench.n_layers)
-        order = [layer for layer in in_order(scores) if layer in routed]
+        order = _order_of(folder)
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
         counts = mixture(keep, bench.n_layers, len(order), TOLERANCE)
         return [Part(fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
+
+
+def _order_of(folder: Path) -> list[int]:
+    """The layers of tuned routers, the one that a static route skips first coming first: as the tuning measured it."""
+    result = (adapter.read(folder)[0].get("provenance") or {}).get("result") or {}
+    if not result.get("order"):
+        raise ConfigError(
+            f"The routers in {folder} are of an older version, which did not note their order: remove that folder and "
+            "the cells of its method."
+        )
+    return list(result["order"])
 
 
 def check_reach(name: str, budget: float, n_layers: int, most: int, reached: bool) -> None:

@@ -30,7 +30,8 @@ from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
-from dynadepth.tuning.start import FIT_TOKENS, scores_of
+from dynadepth.tuning.orders import scores_of
+from dynadepth.tuning.start import FIT_TOKENS
 from dynadepth.tuning.surrogate import fit_paths
 
 if TYPE_CHECKING:

@@ -27,8 +27,6 @@ from dynadepth.report.tuned import tuned_routers
 from dynadepth.report.twin import Figures, StaticTwins
 from dynadepth.routed import routing_of
 from dynadepth.tuning import examples_for, load_recipe
-from dynadepth.tuning.data import pad_token_id
-from dynadepth.tuning.start import scores_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,8 +115,7 @@ def run_demo(out: Path, settings: Settings, teller: Teller) -> dict[str, Any]:
             detail=detail,
         )
         routing = routing_of(model)
-        scores = scores_of(model, examples, pad_token_id(tokenizer), routing.target.name)
-        twins = StaticTwins(model, {site: score for site, score in scores.items() if site in routing.states})
+        twins = StaticTwins(model, tuning["order"])
 
     with teller.telling("Perplexity and KL on text") as detail:
         text = measure.help_text(settings.seed)

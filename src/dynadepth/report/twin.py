@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dynadepth.benchmark.pruned import bare_twin
-from dynadepth.budget import mixture, static_skip
+from dynadepth.budget import mixture
 from dynadepth.methods import StaticConfig
 from dynadepth.methods.static import skip_count
 from dynadepth.model import adopt_lora, attach
 from dynadepth.routed import routing_of
-from dynadepth.routing.decision import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,21 +25,21 @@ class StaticTwins:
     routed model's: tuned by the same steps.
     """
 
-    def __init__(self, model: PreTrainedModel, scores: Mapping[Site, float]) -> None:
-        """`scores`: importance of the sublayers that may be skipped, as `budget.importance` measures it."""
-        self.model, self.scores = model, dict(scores)
+    def __init__(self, model: PreTrainedModel, order: Sequence[int]) -> None:
+        """`order`: the layers whose sublayers may be skipped, the one that is skipped first coming first."""
+        self.model, self.order = model, tuple(order)
         self.n_layers, self.target = routing_of(model).n_layers, routing_of(model).target.name
         self._made: dict[int, PreTrainedModel] = {}
 
     def skipped(self, count: int) -> tuple[int, ...]:
         """The layers that the route of this length skips."""
-        return static_skip(self.scores, 1 - count / self.n_layers, self.n_layers)
+        return tuple(sorted(self.order[:count]))
 
     def skipping(self, count: int) -> PreTrainedModel:
         """The model under the static route that skips `count` sublayers."""
         if count not in self._made:
             skip = self.skipped(count)
-            layers = tuple(sorted(site.layer for site in self.scores))
+            layers = tuple(sorted(self.order))
             routing = routing_of(self.model)
             path, rank = routing.config.skip_path, routing.config.skip_rank
             config = StaticConfig(target=self.target, layers=layers, skip=skip, skip_path=path, skip_rank=rank)
@@ -53,11 +52,11 @@ class StaticTwins:
 
     def nearest(self, keep: float) -> PreTrainedModel:
         """The twin whose keep ratio (of all sublayers of the target) is the nearest to `keep`."""
-        return self.skipping(min(skip_count(keep, self.n_layers), len(self.scores)))
+        return self.skipping(min(skip_count(keep, self.n_layers), len(self.order)))
 
     def mixture(self, keep: float) -> list[tuple[int, float]]:
         """(count skipped, share of the inputs): the one or two whole counts whose mean keep ratio is exactly `keep`."""
-        return mixture(keep, self.n_layers, len(self.scores))
+        return mixture(keep, self.n_layers, len(self.order))
 
     def matched(self, keep: float, measure: Callable[[PreTrainedModel], Figures]) -> Figures:
         """What `measure` gives in the mean where inputs are spread over the twins of `mixture(keep)`.

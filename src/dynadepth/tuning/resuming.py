@@ -63,10 +63,14 @@ def keep_start(model: nn.Module, out: Path, measured: Measured, seconds: float) 
     """Writes the start of the run in `out`: the model's routers and skip paths as they are, what they rest on, and how
     long that took."""
     folder = out / CHECKPOINTS / START
-    scores = {str(site): score for site, score in measured.scores.items()}
+    document = {
+        "scores": {str(site): score for site, score in measured.scores.items()},
+        "explained": measured.explained,
+        "seconds": seconds,
+    }
     (folder / MEASURED).unlink(missing_ok=True)  # written last: it says that the rest is of the same start
     save(model, folder)
-    write_json(folder / MEASURED, {"scores": scores, "explained": measured.explained, "seconds": seconds})
+    write_json(folder / MEASURED, document)
 
 
 def kept_start(model: nn.Module, out: Path) -> tuple[Measured, dict[str, Tensor], float] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dynadepth import budget as budgets
+from dynadepth.budget import in_order
 from dynadepth.dial import set_budget
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.lora import LoraSettings
@@ -23,16 +24,15 @@ from dynadepth.routing.decision import KeepRatio
 from dynadepth.tuning.choice import STATIC, Choice, choose, settle
 from dynadepth.tuning.data import Collator, Example, pad_token_id
 from dynadepth.tuning.heldout import distance, distances
+from dynadepth.tuning.orders import scores_by
 from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.resuming import Measured, keep_start, kept_start, restore, resumable, snapshot
 from dynadepth.tuning.start import (
     check_learnable,
-    damage_of,
     data_digest,
     fit,
     held_out,
     initialise,
-    scores_of,
     start_by_token,
     state_budget,
 )
@@ -62,6 +62,8 @@ class TuneResult:
     """KL of the latter with the tuned skip paths; None where a static route is saved."""
     explained: dict[str, float] | None = None
     """Share of the variance of each site's contribution that its skip path explained as fitted."""
+    order: list[int] = field(default_factory=list)
+    """Layers, the one that a static route skips first coming first."""
     choice: Choice | None = None
     """Between routers and a static route, where the recipe asks for it."""
 
@@ -150,6 +152,7 @@ def tune(
         static_skip=list(skip),
         kl_static=None if routing.is_static else distances(model, start.heldout, start.collator, [fixed])[0].mean,
         explained=start.measured.explained,
+        order=list(in_order(start.measured.scores)),
         choice=choice,
     )
     for path in routing.paths().values():
@@ -228,11 +231,8 @@ def _measure(
 ) -> Measured:
     """Fits the skip paths, and measures what the recipe's order needs."""
     explained = fit(model, training, pad, _stage(progress, "fit"))
-    if recipe.order == "damage":
-        return Measured(damage_of(model, heldout, pad, _stage(progress, "importance by removal")), explained)
-    routing = routing_of(model)
-    scores = scores_of(model, examples, pad, routing.target.name)
-    return Measured({site: score for site, score in scores.items() if site in routing.states}, explained)
+    stage = _stage(progress, "importance by removal")
+    return Measured(scores_by(model, recipe.order, examples, heldout, pad, stage), explained)
 
 
 def _train(

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynadepth.budget import Batches, importance, in_order, joined, pin_threshold, prompts_to_batches, units_needed
+from dynadepth.budget import Batches, in_order, pin_threshold, prompts_to_batches, units_needed
 from dynadepth.dial import check_budget, set_budget
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
-from dynadepth.removal import Damage, alone
-from dynadepth.routed import Routing, routing_of, unwrapped
+from dynadepth.routed import Routing, routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.recipe import Recipe
@@ -26,39 +25,8 @@ from dynadepth.tuning.token_routers import fit_token_routers
 FIT_TOKENS = 32_768
 """Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
 
-WINDOW, WINDOWS = 2048, 16
-"""Tokens and number of the windows that importance is measured on."""
-DAMAGE_TOKENS, DAMAGE_STRIDE = 4096, 4
-"""Held-out tokens on which damage is measured, of which every so many are compared."""
 PINNED = 2
 """Batches, the longest ones, on which the first threshold of routers of tokens is measured."""
-
-
-def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: str) -> dict[Site, float]:
-    """1 − cosine importance of the target's sublayers on the texts of tuning examples, held-out ones among them, put
-    end to end.
-
-    The windows are long because attentions that copy from the context look dispensable where there is little of it, and
-    then stand early in the order. A token with which every example begins (`<bos>`) begins every window.
-    """
-    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
-    first = {e.input_ids[0] for e in examples}
-    special = list(first) if len(first) == 1 and len(examples) > 1 else []
-    texts = (e.input_ids[len(special) :] for e in examples)
-    windows = [special + ids for ids in joined(texts, min(WINDOW, positions) - len(special), WINDOWS)]
-    return importance(model, prompts_to_batches(windows, pad, batch_size=2), target)
-
-
-def damage_of(
-    model: nn.Module, examples: Sequence[Example], pad: int, progress: Callable[[int, int], None] | None
-) -> dict[Site, float]:
-    """KL(dense‖routed) when each routed site is skipped alone, what its skip path says in place, on the first texts."""
-    texts: list[list[int]] = []
-    for example in examples:
-        if sum(map(len, texts)) < DAMAGE_TOKENS:
-            texts.append(example.input_ids)
-    with torch.no_grad():
-        return alone(Damage(model, prompts_to_batches(texts, pad), DAMAGE_STRIDE), progress)
 
 
 def check_learnable(model: nn.Module, recipe: Recipe) -> None:

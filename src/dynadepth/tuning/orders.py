@@ -1,0 +1,76 @@
+"""In which order sublayers are skipped: the one that is missed least goes first.
+
+1 − cosine tells how far a sublayer turns the residual stream, damage how far the model's answers move when it is
+skipped. Neither is the better one of every model and text; the sum of both ranks is no worse than either on any
+(benchmarks/frontier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from dynadepth.budget import importance, joined, prompts_to_batches
+from dynadepth.removal import Damage, alone
+from dynadepth.routed import routing_of, unwrapped
+from dynadepth.routing.decision import Site
+from dynadepth.tuning.data import Example
+
+WINDOW, WINDOWS = 2048, 16
+"""Tokens and number of the windows that 1 − cosine is measured on."""
+DAMAGE_WINDOWS, DAMAGE_STRIDE = 2, 4
+"""Held-out windows on which damage is measured, and of whose tokens every so many are compared."""
+
+Scores = dict[Site, float]
+
+
+def scores_by(
+    model: nn.Module,
+    order: str,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    pad: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Importance of the routed sites by one of a recipe's orders: 1 − cosine of the examples, damage of the held-out
+    ones, or the sum of both ranks. `progress` tells of the damage."""
+    if order == "cosine":
+        return _cosine(model, examples, pad)
+    windows = prompts_to_batches(_windows(model, heldout, DAMAGE_WINDOWS), pad)
+    with torch.no_grad():
+        harm = alone(Damage(model, windows, DAMAGE_STRIDE), progress)
+    return harm if order == "damage" else by_rank(_cosine(model, examples, pad), harm)
+
+
+def by_rank(cosine: Mapping[Site, float], harm: Mapping[Site, float]) -> Scores:
+    """The sum of both ranks, which count from 1; of equal sums the less harmful site comes first."""
+    first, second = ({site: rank for rank, site in enumerate(sorted(s, key=s.__getitem__), 1)} for s in (cosine, harm))
+    return {site: first[site] + second[site] + second[site] / (2 * len(harm)) for site in harm}
+
+
+def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: str) -> Scores:
+    """1 − cosine importance of the target's sublayers on the texts of tuning examples, held-out ones among them, put
+    end to end.
+
+    The windows are long because attentions that copy from the context look dispensable where there is little of it, and
+    then stand early in the order.
+    """
+    return importance(model, prompts_to_batches(_windows(model, examples, WINDOWS), pad, batch_size=2), target)
+
+
+def _windows(model: nn.Module, examples: Sequence[Example], count: int) -> list[list[int]]:
+    """Long windows of the examples' texts, put end to end. A token with which every example begins (`<bos>`) begins
+    every window."""
+    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    first = {e.input_ids[0] for e in examples}
+    special = list(first) if len(first) == 1 and len(examples) > 1 else []
+    texts = (e.input_ids[len(special) :] for e in examples)
+    return [special + ids for ids in joined(texts, min(WINDOW, positions) - len(special), count)]
+
+
+def _cosine(model: nn.Module, examples: Sequence[Example], pad: int) -> Scores:
+    routing = routing_of(model)
+    scores = scores_of(model, examples, pad, routing.target.name)
+    return {site: score for site, score in scores.items() if site in routing.states}
