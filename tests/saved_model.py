@@ -59,8 +59,10 @@ def attach_routers(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def save_routers(folder: Path, model_folder: Path) -> Path:
-    """Routers of `attach_routers` for the model in `model_folder`."""
-    model = LlamaForCausalLM.from_pretrained(model_folder).eval()
-    dynadepth.save(attach_routers(model), folder)
+def save_routers(folder: Path, model_folder: Path, order: list[int] | None = None) -> Path:
+    """Routers of `attach_routers` for the model in `model_folder`; `order` is that of a tuning result."""
+    model = attach_routers(LlamaForCausalLM.from_pretrained(model_folder).eval())
+    if order is not None:
+        dynadepth.routing_of(model).provenance = {"result": {"order": order}}
+    dynadepth.save(model, folder)
     return folder

@@ -45,7 +45,7 @@ def written(monkeypatch):
 
 
 def test_cells_hold_exact_matches_of_written_answers(opened, data, gsm8k, written, model_folder, tmp_path, monkeypatch):
-    routers = save_routers(tmp_path / "random", model_folder)
+    routers = save_routers(tmp_path / "random", model_folder, order=[2, 0, 1, 3])
     monkeypatch.setattr(Workbench, "routers", lambda *_: routers)
     methods = ("default", "default-static", "default-shuffled", "random-per-input")
     settings = settings_for(model_folder, data, methods=methods, budgets=(0.6,), limit=4, **gsm8k)

@@ -18,10 +18,12 @@ from dynadepth.frontier.makers import Tuned
 from dynadepth.frontier.run import Teller, run_frontier
 from dynadepth.frontier.scoring import blend
 from dynadepth.frontier.static import Static
+from dynadepth.frontier.workbench import Workbench
 from dynadepth.report.cells import cell_name, read_cell
 from dynadepth.report.folder import read_folder
 from dynadepth.report.frontier_figures import write_figures
 from dynadepth.report.frontier_table import budgets_met, summary_of
+from saved_model import N_LAYERS, save_routers
 
 
 def cells_of(folder):
@@ -199,6 +201,23 @@ def test_one_tuning_serves_every_budget(opened, model_folder, data, tmp_path, mo
     with pytest.raises(ConfigError, match="other settings"):
         run_frontier(*opened, replace(settings, max_samples=10), tmp_path)
     assert tunings == ["default"]
+
+
+def test_a_twin_skips_in_the_order_that_tuning_measured(opened, model_folder, data, tmp_path, monkeypatch):
+    """Not in that of 1 − cosine; routers that noted no order are refused with the way out."""
+    settings = settings_for(model_folder, data, methods=("default-static",), tasks=(), budgets=(0.5,))
+    for first in range(N_LAYERS):
+        order, folder = [(first + i) % N_LAYERS for i in range(N_LAYERS)], tmp_path / str(first)
+        routers = save_routers(folder / "saved", model_folder, order=order)
+        monkeypatch.setattr(Workbench, "routers", lambda *_, routers=routers: routers)
+        twin = run_frontier(*opened, settings, folder / "out").cells["default-static"][0.5]
+        never = [layer for layer in order if twin["site_keep"][f"{layer}.attention"] == 0]
+        assert 0 < len(never) < N_LAYERS
+        assert never == order[: len(never)]
+    routers = save_routers(tmp_path / "older", model_folder)
+    monkeypatch.setattr(Workbench, "routers", lambda *_: routers)
+    with pytest.raises(ConfigError, match="did not note their order: remove that folder"):
+        run_frontier(*opened, settings, tmp_path / "old")
 
 
 @pytest.mark.parametrize("method", ["default", "static-linear"])
