@@ -1,8 +1,7 @@
 """In which order sublayers are skipped: the one that is missed least goes first.
 
 1 − cosine tells how far a sublayer turns the residual stream, damage how far the model's answers move when it is
-skipped. Neither is the better one of every model and text; the sum of both ranks is the better one in the mean of the
-models and texts measured (benchmarks/frontier).
+skipped. Neither is the better one of every model and text, nor is the sum of their ranks (benchmarks/frontier).
 """
 
 from __future__ import annotations
