@@ -23,7 +23,9 @@ HELD = 24
 
 @pytest.fixture(autouse=True)
 def every_token(monkeypatch):
+    """Damage is of every token that is held out, and there are more that are not."""
     monkeypatch.setattr(orders, "DAMAGE_STRIDE", 1)
+    monkeypatch.setattr(orders, "DAMAGE_WINDOWS", 16)
 
 
 def fitted(texts):
