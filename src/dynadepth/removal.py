@@ -22,9 +22,7 @@ from dynadepth.budget import Batches, forward
 from dynadepth.model import disabled, fixed_routes
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
-
-CHUNK = 256
-"""Tokens whose vocabulary rows are held in float32 at once."""
+from dynadepth.vocabulary import few_rows
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +53,7 @@ class Damage:
         with self._skipping(skip):
             for number, dense in enumerate(self._dense):
                 found = self._logits(number, self._lowest_change(skip))
-                for teacher, student in zip(dense.split(CHUNK), found.split(CHUNK), strict=True):
+                for teacher, student in few_rows(dense, found):
                     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
                     total += float((log_p.exp() * (log_p - log_q)).sum())
                 tokens += len(dense)

@@ -46,6 +46,7 @@ def test_tuning_prints_scores_beside_predictors_that_see_no_prompt(tuned):
     for words in ("macro-F1", "always execute", "commonest of the layer", "skip: precision", "repeat: recall"):
         assert words in said
     assert "4.00 layers in the held-out routes" in said
+    assert "its control reached another wrong answer of" in said
     assert "--show-route" in said
     document, _ = adapter.read(folder)
     assert document["config"]["method"] == "drllm"

@@ -36,6 +36,18 @@ def test_search(answered, model_folder, data, tmp_path):
     assert (document["new_prompts"], document["prompts_per_minute"]) == (0, None)
 
 
+def test_two_options_have_no_control(answered, model_folder, tmp_path):
+    path = tmp_path / "two.jsonl"
+    rows = [{**row, "choices": ["blue", "sky of"], "gold": n % 2} for n, row in enumerate(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document, result = answered(
+        "search", model_folder, "--data", path, "--out", tmp_path / "r.jsonl", "--simulations", 3
+    )
+    wrong = document["all"]["dense_wrong"]
+    assert wrong > 0, "this test needs a prompt that dense answers wrongly"
+    assert f"{wrong} of them have no control, as between two options alone." in " ".join(result.stdout.split())
+
+
 def test_nothing_kept_is_said(run, model_folder, data, tmp_path):
     result = run("search", model_folder, "--data", data, "--out", tmp_path / "routes.jsonl", "--margin", 1e6)
     assert result.exit_code == 0

@@ -15,7 +15,7 @@ from dynadepth.frontier.rows import ROWS
 from dynadepth.frontier.run import run_frontier
 from dynadepth.report.frontier_figures import write_figures
 from dynadepth.report.frontier_page import render
-from dynadepth.report.frontier_table import compared
+from dynadepth.report.frontier_table import compared, summary_of
 from dynadepth.route_file import RouteWriter
 from dynadepth.search import search_files
 from dynadepth.search.searcher import SearchSettings
@@ -46,7 +46,10 @@ class TestSearchedRoutes:
         (static,) = found.cells["drllm-static"].values()
         least = min(own["site_keep"], key=own["site_keep"].get)
         assert static["site_keep"][least] == min(static["site_keep"].values())
-        assert static["text"]["keep_ratio"]["all"] == pytest.approx(own["text"]["keep_ratio"]["all"], abs=0.02)
+        assert own["text"]["depth"] / 4 > own["text"]["keep_ratio"]["all"], "this test needs repeats"
+        assert static["text"]["depth"] / 4 == pytest.approx(min(1.0, own["text"]["depth"] / 4), abs=0.02)
+        (drawn,) = found.cells["drllm-random"].values()
+        assert drawn["text"]["depth"] / 4 == pytest.approx(min(1.0, own["text"]["depth"] / 4), abs=0.25)
         assert "drllm" in render(found)
         assert len(write_figures(tmp_path / "out", found)) > 0
         tuned = (tmp_path / "out" / "routers" / "drllm" / "routers.safetensors").stat().st_mtime_ns
@@ -101,8 +104,20 @@ class TestSearchedRoutes:
         assert not is_attached(opened[0])
         assert cell["tasks"]["tasks"]["words"]["acc"] == pytest.approx(right / 6)
         assert found.cells["dense"][1.0]["tasks"]["tasks"]["words"]["acc"] == pytest.approx(dense / 6)
-        assert cell["given"] == {"prompts": 6, "of": 7}
-        assert "oracle: 6 of 7 searched prompts were scored." in compared(found)
+        wrong = [prompt for prompt in [*prompts, prompts[0]] if not prompt.dense.correct]
+        luck = [prompt.control > 0 for prompt in wrong if prompt.control is not None]
+        corrected, reached = sum(bool(prompt.routes) for prompt in wrong) / len(wrong), sum(luck) / len(luck)
+        assert cell["given"] == {"prompts": 6, "of": 7, "corrected": corrected, "control_corrected": reached}
+        assert (
+            f"oracle: 6 of 7 searched prompts were scored; by acc, the search's own measure, {right / 6:.1%} (dense "
+            f"{dense / 6:.1%}); of what dense answers wrongly the search corrected {corrected:.1%}; the same search "
+            f"towards a wrong one reached {reached:.1%}."
+        ).replace("%", " %") in compared(found)
+        line = summary_of(cell)
+        for name in ("flops_share", "flops_share_target", "kv_share"):
+            assert line[name] == cell["tasks"][name] < cell["text"][name]
+        assert line["keep_all"] == cell["tasks"]["keep_ratio"]["all"] < 1
+        assert line["routes"] is None
         assert cell["text"]["kl"] == pytest.approx(0, abs=1e-6), "texts have no routes"
         best = [prompt.routes[0].layers if prompt.routes else 4 for prompt in prompts]
         assert cell["tasks"]["depth"] == pytest.approx(sum(best) / 6)

@@ -99,6 +99,14 @@ def test_focal_loss_is_weighted_cross_entropy_at_zero_and_forgets_the_sure_ones(
     torch.testing.assert_close(focal_loss(actions, labels, weights, 2.0), (ce * weights[labels] * (1 - p) ** 2).mean())
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_loss_learns_from_sure_ones_too(gamma):
+    actions = torch.tensor([[200.0, 0.0, 0.0], [0.0, 200.0, 0.0]], requires_grad=True)
+    focal_loss(actions, torch.tensor([0, 2]), torch.ones(3), gamma).backward()
+    assert actions.grad.isfinite().all()
+    assert actions.grad[1].any(), "a wrong one that is sure"
+
+
 def test_the_control_trades_skips_for_executions():
     model = routed()
     own = passes(model)

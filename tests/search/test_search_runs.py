@@ -18,7 +18,7 @@ from dynadepth.search import pool, search_files
 from dynadepth.search import run as search_run
 from dynadepth.search.figures import figures_of, summarise
 from dynadepth.search.run import header_for
-from dynadepth.search.searcher import SearchSettings
+from dynadepth.search.searcher import Searcher, SearchSettings
 from dynadepth.search.tree import TreeSettings
 from saved_model import save_model
 
@@ -101,6 +101,32 @@ def test_resumed_at_any_cut(model_folder, arc, tmp_path, whole):
         assert again.new == 20 - n
         assert len(route_file.read(out).prompts) == 20
         same(sorted_prompts(out), whole)
+
+
+def test_groups_stay_together_after_an_interruption(model_folder, arc, tmp_path, monkeypatch):
+    """What is computed together moves leads in bfloat16: an interrupted search must not group anew."""
+    searched, stops = [], [2]
+
+    class Watching(Searcher):
+        def search(self, questions):
+            searched.append([question.id for question in questions])
+            if len(searched) in stops:
+                raise KeyboardInterrupt
+            return super().search(questions)
+
+    monkeypatch.setattr(search_run, "Searcher", Watching)
+    out = tmp_path / "stopped.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(model_folder, [arc(20)], out)
+    second = searched.pop()
+    stops.clear()
+    run(model_folder, [arc(20)], out, resume=True)
+    assert searched[1] == second
+    groups = list(searched)
+    del searched[:]
+    run(model_folder, [arc(20)], tmp_path / "whole.jsonl")
+    assert searched == groups
+    assert sorted(map(len, groups))[-1] > 1
 
 
 def test_a_larger_limit_goes_on(model_folder, arc, tmp_path, whole):

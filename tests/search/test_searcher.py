@@ -263,6 +263,9 @@ def test_budgets(model, questions):
     with pytest.raises(BudgetError, match=r"10 of 30 layers run at least; give 0\.334 or more"):
         SearchSettings(tree, budget=0.333).check(30)
     SearchSettings(tree, budget=0.334).check(30)
+    for layers, budget, most in ((50, 0.58, 29), (90, 0.7, 63), (30, 0.999, 29)):
+        assert SearchSettings(tree, budget=budget).most_searched(layers) == most
+    SearchSettings(TreeSettings(), budget=16 / 49).check(49)
     for budget in (0.0, 2.5):
         with pytest.raises(BudgetError, match="above 0 and at most 2"):
             SearchSettings(budget=budget)

@@ -168,6 +168,9 @@ def test_scores_of_actions():
     dense = action_scores(always_execute(wanted), wanted)
     assert dense.classes["execute"].recall == 1
     assert dense.macro_f1 == pytest.approx((2 * 6 / (8 + 6)) / 3)
+    none = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    told = action_scores(torch.tensor([[0, 1, 2, 1], [1, 1, 1, 1]]), none)
+    assert told.macro_f1 == pytest.approx((1 + 2 * 6 / (7 + 6)) / 2), "repeats, which no label has, are no third class"
     assert commonest(torch.tensor([[0, 1], [0, 2], [1, 2]]), torch.zeros(2, 2)).tolist() == [[0, 2], [0, 2]]
 
 

@@ -198,6 +198,9 @@ def show(results: dict[str, Any]) -> None:
         "wrong answer.",
         style="dim",
     )
+    if results["all"]["dense_wrong"] > results["all"]["controls_dense_wrong"]:
+        alone = results["all"]["dense_wrong"] - results["all"]["controls_dense_wrong"]
+        console.print(f"{number(alone)} of them have no control, as between two options alone.", style="dim")
     for row in results["all"]["by_margin"]:
         console.print(
             f"With a lead of {row['margin']} nats: corrected {percent(row['corrected'])}, control "

@@ -290,6 +290,13 @@ def _from_routes(
         )
     sign(loaded, out_dir, model, seed)
     _write(json_file, result, loaded, model, out_dir, seed)
+    _tell_learnt(result, routes, model, out_dir)
+
+
+def _tell_learnt(result: Any, routes: Path, model: str, out_dir: Path) -> None:
+    from dynadepth.route_file import read
+    from dynadepth.search.figures import summarise
+
     console = out()
     grid = table(
         f"Tuned {result.n_trainable:,} parameters on {result.n_train} routes in {result.seconds:.0f} s, best at epoch "
@@ -309,6 +316,13 @@ def _from_routes(
     depths = f"{result.depth_labelled:.2f} layers in the held-out routes, {result.depth_routed:.2f} as routed"
     counts = ", ".join(f"{name} {count:,}" for name, count in result.labels.items())
     console.print(Text(f"{depths}; trained on {counts}"))
+    found = summarise(read(routes))["all"]
+    console.print(
+        Text(
+            f"The search's luck: of the prompts that dense answers wrongly it corrected {percent(found['corrected'])}; "
+            f"its control reached another wrong answer of {percent(found['control_corrected'])}."
+        )
+    )
     words = ["dynadepth", "generate", model, "--routers", str(out_dir), "--prompt", "Why is the sky blue?"]
     console.print(Text(f"Routers saved in {out_dir}. Next:\n  {shlex.join([*words, '--show-route'])}"))
 

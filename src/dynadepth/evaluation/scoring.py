@@ -2,7 +2,7 @@
 
 With vocabularies of 49k to 262k entries the logits dwarf the model, and scoring looks at few of them. So the language
 model head runs apart from the backbone: a forward keeps the hidden states that enter the head, and the head is then
-applied to the scored positions alone, a chunk at a time, each chunk in float32.
+applied to the scored positions alone, a chunk at a time, and what it gives is summed in float32.
 
 Shape suffixes: B rows, T tokens, D features entering the head, V vocabulary, N scored positions, P (position, token)
 pairs.
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynadepth.vocabulary import few_rows, log_sums
+
 CHUNK_ELEMENTS = 1 << 24
-"""Most elements of a float32 logits chunk: 64 MiB."""
+"""Most elements of a chunk of logits."""
 
 Finish = Callable[[Tensor], Tensor]
 
@@ -115,13 +117,21 @@ def _find_finish(config: Any, raw: Tensor, logits: Tensor) -> Finish | None:
     return next((finish for finish in candidates if torch.equal(finish(raw), logits)), None)
 
 
-def log_prob_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first position, float32 log-probabilities `[n, V]`) over all N positions, a chunk at a time."""
+def logit_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first position, logits `[n, V]` in the model's dtype) over all N positions, a chunk at a time."""
     n = len(states_ND)
     vocabulary = to_logits(states_ND[:1]).shape[-1] if n else 1
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     for start in range(0, n, size):
-        yield start, to_logits(states_ND[start : start + size]).float().log_softmax(-1)
+        yield start, to_logits(states_ND[start : start + size])
+
+
+def log_prob_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first position, float32 log-probabilities `[n, V]`) over all N positions, a few at a time."""
+    for start, chunk_NV in logit_chunks(states_ND, to_logits):
+        for (rows_NV,) in few_rows(chunk_NV):
+            yield start, rows_NV.float().log_softmax(-1)
+            start += len(rows_NV)
 
 
 @torch.no_grad()
@@ -134,11 +144,12 @@ def pair_log_probs(
     sorted_P = positions_P[order_P]
     log_probs_P = torch.empty(len(tokens_P), dtype=torch.float32, device=states_ND.device)
     top_P = torch.empty(len(tokens_P), dtype=torch.bool, device=states_ND.device)
-    for start, chunk_NV in log_prob_chunks(states_ND, to_logits):
+    for start, chunk_NV in logit_chunks(states_ND, to_logits):
         bounds = torch.tensor([start, start + len(chunk_NV)], device=positions_P.device)
         first, last = torch.searchsorted(sorted_P, bounds).tolist()
         chosen = order_P[first:last]
         rows, tokens = positions_P[chosen] - start, tokens_P[chosen]
-        log_probs_P[chosen] = chunk_NV[rows, tokens]
-        top_P[chosen] = chunk_NV.argmax(-1)[rows] == tokens
+        log_probs_P[chosen] = chunk_NV[rows, tokens].float() - log_sums(chunk_NV)[rows]
+        top_N = torch.cat([few_NV.float().argmax(-1) for (few_NV,) in few_rows(chunk_NV)])
+        top_P[chosen] = top_N[rows] == tokens
     return log_probs_P, top_P

@@ -31,6 +31,7 @@ from dynadepth.route_file import RouteFile, read
 from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
+from dynadepth.search.figures import figures_of
 from dynadepth.search.static import SELECTION, best_static, static_route
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
@@ -137,25 +138,37 @@ class _Beside(Maker):
 
 
 @dataclass(frozen=True)
-class StaticBeside(_Beside):
-    """One route for every input that skips as many layers as the routers did on the texts: those that they ran least.
-    It repeats none."""
+class _AsDeep(_Beside):
+    """A control that runs as many layers as the routers did on the texts, their repeats counted. It repeats none, and
+    runs no more than the dense model."""
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {**super().settings(bench, name), "as deep": True}
+
+    def share(self, bench: Workbench, budget: Budget) -> float:
+        """Of the layers, those that run."""
+        return min(1.0, bench.cell(self.of, budget)["text"]["depth"] / bench.n_layers)
+
+
+@dataclass(frozen=True)
+class StaticBeside(_AsDeep):
+    """One route for every input, which skips the layers that the routers ran least."""
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         folder, cell = self.row.folder(bench, self.of), bench.cell(self.of, budget)
         passes = {Site.parse(site).layer: count for site, count in cell["site_keep"].items()}
         order = sorted(passes, key=lambda layer: passes[layer])
-        counts = mixture(cell["text"]["keep_ratio"]["all"], bench.n_layers, len(order), TOLERANCE)
+        counts = mixture(self.share(bench, budget), bench.n_layers, len(order), TOLERANCE)
         return [Part(fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
 
 
 @dataclass(frozen=True)
-class RandomBeside(_Beside):
-    """Each input draws which layers it skips, the routers' share of them on the texts. It repeats none."""
+class RandomBeside(_AsDeep):
+    """Each input draws which layers it skips."""
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
-        keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
-        config = RandomConfig(target="block", layers="all", keep=max(keep, 1e-6), seed=bench.settings.seed)
+        keep = max(self.share(bench, budget), 1e-6)
+        config = RandomConfig(target="block", layers="all", keep=keep, seed=bench.settings.seed)
         return [Part(lambda: attached(bench.model, config))]
 
 
@@ -245,6 +258,8 @@ class Oracle(Maker):
                     f"none of the {len(best)} prompts of {routes_file(bench, name)} is scored: search routes on the "
                     "rows of --tasks, or leave the method out with --methods."
                 )
-            return {**found, "given": {"prompts": len(given), "of": len(file.prompts)}}
+            luck = figures_of(file.prompts, bench.n_layers, float(file.header.search["margin"]))
+            shares = {key: luck[key] for key in ("corrected", "control_corrected")}
+            return {**found, "given": {"prompts": len(given), "of": len(file.prompts), **shares}}
 
         return [Part(lambda: attached(bench.model, static_route(dense)), scored=scored)]

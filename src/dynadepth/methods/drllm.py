@@ -90,4 +90,5 @@ def focal_loss(actions: Tensor, labels: Tensor, weights: Tensor, gamma: float) -
     """Mean of −w·(1 − p)^γ·log p over examples: `actions` `[..., 3]` logits, `labels` int64 `[...]`, p the probability
     of the label (Lin et al., arXiv 1708.02002, Eq. 5)."""
     log_p = torch.log_softmax(actions, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return -(weights[labels] * (1 - log_p.exp()) ** gamma * log_p).mean()
+    missing = (-log_p.expm1()).clamp(min=1e-6)  # 1 - p; a power below 1 of zero has no finite gradient
+    return -(weights[labels] * missing**gamma * log_p).mean()

@@ -22,21 +22,23 @@ def summary_of(cell: Cell) -> dict[str, Any]:
     `perplexity` is that of the first text, `ratio` its ratio to dense with `low` and `high` (95 %), `tasks` the mean of
     the usual metrics of all tasks, `difference` that from dense; `flops_share` is that of the whole model,
     `flops_share_target` of the target's sublayers with routers and skip paths; `prefill` and `decode` are times as fast
-    as dense.
+    as dense. Costs are those of the texts, and of the tasks where single inputs were given routes: only those have any.
     """
     text, tasks = cell["text"], cell.get("tasks") or {}
     against = cell.get("against_dense") or {}
     first = next(iter(text["perplexity"]))
-    keep = text.get("keep_ratio") or {}
+    given = cell.get("given")
+    cost = tasks if given else text
+    keep = cost.get("keep_ratio") or {}
     return {
         "method": cell["row"],
         "budget": cell["budget"],
         "keep_all": keep.get("all"),
         "keep_routed": keep.get("routed"),
         "keep_tasks": (tasks.get("keep_ratio") or {}).get("all"),
-        "flops_share": text.get("flops_share"),
-        "flops_share_target": text.get("flops_share_target"),
-        "kv_share": text.get("kv_share"),
+        "flops_share": cost.get("flops_share"),
+        "flops_share_target": cost.get("flops_share_target"),
+        "kv_share": cost.get("kv_share"),
         "text": first,
         "perplexity": text["perplexity"][first].get("ppl"),
         "ratio": (against.get("perplexity") or {}).get(first),
@@ -46,7 +48,7 @@ def summary_of(cell: Cell) -> dict[str, Any]:
         "difference": against.get("average"),
         "prefill": speedup(cell, "prefill"),
         "decode": speedup(cell, "decode"),
-        "routes": cell.get("routes"),
+        "routes": None if given else cell.get("routes"),
     }
 
 
@@ -179,8 +181,8 @@ def compared(found: Findings) -> list[str]:
     for row in found.methods:
         for budget, cell in found.cells[row["name"]].items():
             beside = cell.get("against") or {}
-            if given := cell.get("given"):
-                said.append(f"{row['name']}: {given['prompts']} of {given['of']} searched prompts were scored.")
+            if cell.get("given"):
+                said.append(f"{row['name']}: {_given(cell, found.dense)}")
             for text, ratio in (beside.get("perplexity") or {}).items():
                 on = f" on {text}" if len(beside["perplexity"]) > 1 else ""
                 sentence = (
@@ -193,6 +195,30 @@ def compared(found: Findings) -> list[str]:
                     sentence += f"; {inputs['changed']} of {inputs['inputs']} windows had another route"
                 said.append(f"{sentence}.")
     return said
+
+
+def _given(cell: Cell, dense: Cell | None) -> str:
+    """What the routes of single inputs come to: by `acc`, which the search judged by, and beside its control."""
+    given = cell["given"]
+    said = [f"{given['prompts']} of {given['of']} searched prompts were scored"]
+    scores = [_mean_acc(one) for one in (cell, dense) if one is not None]
+    if all(score is not None for score in scores):
+        by_acc = f"by acc, the search's own measure, {percent(scores[0])}"
+        said.append(by_acc + (f" (dense {percent(scores[1])})" if len(scores) > 1 else ""))
+    if given.get("corrected") is not None:
+        luck = given.get("control_corrected")
+        control = (
+            "there was no control" if luck is None else f"the same search towards a wrong one reached {percent(luck)}"
+        )
+        said.append(f"of what dense answers wrongly the search corrected {percent(given['corrected'])}; {control}")
+    return "; ".join(said) + "."
+
+
+def _mean_acc(cell: Cell) -> float | None:
+    """Of the tasks that have it."""
+    tasks = ((cell.get("tasks") or {}).get("tasks") or {}).values()
+    values = [figures["acc"] for figures in tasks if figures.get("acc") is not None]
+    return sum(values) / len(values) if values else None
 
 
 def rough_timing(found: Findings) -> str | None:

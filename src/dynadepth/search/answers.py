@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dynadepth.evaluation.scoring import CHUNK_ELEMENTS
+from dynadepth.evaluation.scoring import logit_chunks
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import Question
 from dynadepth.search.tree import Counts
+from dynadepth.vocabulary import log_sums
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,15 @@ def _look_up(
     sorted_P = rows_P[order_P]
     found_P = torch.empty(len(pairs), dtype=torch.float32, device=states_XD.device)
     others_P = torch.zeros_like(found_P)
-    size = max(1, CHUNK_ELEMENTS // to_logits(states_XD[:1]).shape[-1])
-    for start in range(0, len(states_XD), size):
-        chunk_XV = to_logits(states_XD[start : start + size]).float()
+    for start, chunk_XV in logit_chunks(states_XD, to_logits):
         bounds = torch.tensor([start, start + len(chunk_XV)], device=states_XD.device)
         first, last = torch.searchsorted(sorted_P, bounds).tolist()
         chosen = order_P[first:last]
         rows, tokens = rows_P[chosen] - start, tokens_P[chosen]
-        total_P = chunk_XV.logsumexp(-1)[rows]
-        found_P[chosen] = chunk_XV[rows, tokens] - total_P
+        total_P = log_sums(chunk_XV)[rows]
+        found_P[chosen] = chunk_XV[rows, tokens].float() - total_P
         if with_others:
-            top = chunk_XV.topk(2, dim=-1)
+            top = chunk_XV.float().topk(2, dim=-1)
             is_top = top.indices[rows, 0] == tokens
             others_P[chosen] = torch.where(is_top, top.values[rows, 1], top.values[rows, 0]) - total_P
     return found_P.tolist(), others_P.tolist()

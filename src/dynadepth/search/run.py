@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,16 +126,16 @@ def search(
 
     `load` gives the model to each of several `workers`. `progress` is given a line after each group, `warn` a sentence
     when a worker died and its prompts are searched again. Interrupted at any moment, it leaves the prompts of finished
-    groups; those it was at are searched by the next run. Raises as `alone`,
-    `begin`, `LayerRunner.check` and `in_processes`.
+    groups; those it was at are searched by the next run, in the same groups where the questions are the same. Raises as
+    `alone`, `begin`, `LayerRunner.check` and `in_processes`.
     """
     if workers > 1 and load is None:
         raise ConfigError("several workers need `load`, a function that gives each its model.")
     with alone(out):
         file = begin(out, header, resume, warn)
         done = {(prompt.source, prompt.id) for prompt in file.prompts}
-        left = [question for question in questions if (question.source, question.id) not in done]
-        groups = grouped(left, settings.seed)
+        groups = _left(questions, done, settings.seed)
+        left = sum(map(len, groups))
         started, new = time.monotonic(), 0
         if groups:
             LayerRunner(model).check(groups[0][0].row)
@@ -145,8 +145,21 @@ def search(
                 file.prompts.extend(prompts)
                 new += len(prompts)
                 if progress is not None:
-                    progress(_line(new, len(left), len(done), time.monotonic() - started))
-        return Found(file, new, time.monotonic() - started, len(left) - new)
+                    progress(_line(new, left, len(done), time.monotonic() - started))
+        return Found(file, new, time.monotonic() - started, left - new)
+
+
+def _left(questions: Sequence[Question], done: Collection[tuple[str, str]], seed: int) -> list[list[Question]]:
+    """The groups that are still to be searched. Those that an interruption left whole stay as they were, because what
+    is computed together moves what is found; what is left of the others makes new ones."""
+    whole, rest = [], []
+    for group in grouped(questions, seed):
+        left = [question for question in group if (question.source, question.id) not in done]
+        if len(left) == len(group):
+            whole.append(group)
+        else:
+            rest += left
+    return whole + grouped(rest, seed)
 
 
 def _searched(

@@ -58,7 +58,8 @@ class SearchSettings:
     def check(self, n_layers: int) -> None:
         """Raises `BudgetError` where no route of a model with so many layers could be kept."""
         fewest = self.tree.fewest(n_layers)
-        if self.budget is not None and self.budget * n_layers < fewest:
+        most = self.most_searched(n_layers)
+        if most is not None and most < fewest:
             least = math.ceil(1000 * fewest / n_layers) / 1000
             raise BudgetError(
                 f"no route can meet the budget {self.budget:g}: with at most {self.tree.max_consecutive_skips} "
@@ -68,7 +69,7 @@ class SearchSettings:
 
     def most_searched(self, n_layers: int) -> int | None:
         """Layers that the budget leaves; None without one."""
-        return None if self.budget is None else int(self.budget * n_layers)
+        return None if self.budget is None else math.floor(self.budget * n_layers + 1e-9)  # 0.7 · 90 is 62.99…
 
     def most_layers(self, n_layers: int, dense_is_right: bool) -> int:
         """Layers of the longest route that is kept."""
@@ -82,7 +83,8 @@ class SearchSettings:
 
 
 def grouped(questions: Sequence[Question], seed: int = 0) -> list[list[Question]]:
-    """Questions of nearly the same length together; the groups in random order, so that the time left can be told."""
+    """Questions of nearly the same length together; the groups in random order, so that the time left can be told.
+    They hang on the questions and `seed` alone."""
     groups: list[list[Question]] = []
     for question in sorted(questions, key=lambda question: len(question.row.ids)):
         tokens = len(question.row.ids)  # the longest of its group so far
@@ -105,8 +107,9 @@ class Searcher:
         settings.check(self.n_layers)
 
     def search(self, questions: Sequence[Question]) -> list[PromptRoutes]:
-        """What was found for each question, in their order. Depends on a question and the settings alone (but for the
-        last bits of a log-probability, which depend on what is computed together)."""
+        """What was found for each question, in their order. In float32 it depends on the question and the settings
+        alone, but for the last bits of a log-probability. In bfloat16 leads move by tenths of a nat with what is
+        computed together, and with them what a tree tries next and which routes are kept."""
         self.runner.take([question.row for question in questions])
         questions = with_rivals(self.runner, questions)
         searches = [_Search(question, self.n_layers, self.settings) for question in questions]

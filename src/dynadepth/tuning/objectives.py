@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from dynadepth.model import disabled
 from dynadepth.routed import routing_of, unwrapped
-
-CHUNK = 256
-"""Tokens whose float32 vocabulary rows are held at once."""
+from dynadepth.vocabulary import few_rows
 
 
 def scored_logits(model: nn.Module, inputs: dict[str, Any], columns: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -52,8 +50,7 @@ class _KL(torch.autograd.Function):
     def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
         total = student.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(student)  # softmax(student) - softmax(teacher)
-        parts = (teacher.split(CHUNK), student.split(CHUNK), gradient.split(CHUNK))
-        for t, s, g in zip(*parts, strict=True):
+        for t, s, g in few_rows(teacher, student, gradient):
             t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
             p = t.exp()
             total += (p * t.sub_(s)).sum()

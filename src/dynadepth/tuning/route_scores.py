@@ -29,7 +29,7 @@ class ActionScores:
     """Of one predictor."""
 
     macro_f1: float
-    """Mean F1 of the actions that occur, in labels or in predictions."""
+    """Mean F1 of the actions that the labels have: the same ones for every predictor."""
     accuracy: float
     classes: dict[str, ClassScore]
 
@@ -42,7 +42,7 @@ def action_scores(predicted: Tensor, wanted: Tensor) -> ActionScores:
         both, n_told, n_so = int((told & so).sum()), int(told.sum()), int(so.sum())
         f1 = 2 * both / (n_told + n_so) if n_told + n_so else 0.0
         classes[name] = ClassScore(both / n_told if n_told else 0.0, both / n_so if n_so else 0.0, f1, n_so, n_told)
-    occurring = [score.f1 for score in classes.values() if score.support or score.predicted]
+    occurring = [score.f1 for score in classes.values() if score.support]
     accuracy = float((predicted == wanted).double().mean())
     return ActionScores(sum(occurring) / len(occurring), accuracy, classes)
 
