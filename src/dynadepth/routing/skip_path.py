@@ -179,6 +179,8 @@ class LinearPath(AbstractSkipPath):
     def forward(
         self, hidden: Tensor, reality: Reality | None = None, memory: Memory | None = None
     ) -> tuple[Tensor, Memory | None]:
+        if memory is not None and memory.past is None and reality is None and hidden.shape[1] == 1:
+            return self._step(hidden, memory)
         dtype = hidden.dtype
         now, before, summand = (self.scaled(hidden) @ self.read.to(dtype)).split(self.rank, dim=-1)
         start = self.begin(len(hidden), hidden) if memory is None else memory
@@ -196,6 +198,16 @@ class LinearPath(AbstractSkipPath):
         mixed = now + previous + mean.to(dtype)
         contribution = mixed @ self.write.to(dtype) + self.bias.to(dtype)
         return contribution, None if memory is None else self._after(before, summand, reality, memory)
+
+    def _step(self, hidden: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """The same of one token a row, all real, in half the operations: where a model decodes each takes longer to
+        start than to run."""
+        dtype = hidden.dtype
+        now, before, summand = (self.scaled(hidden[:, 0]) @ self.read.to(dtype)).split(self.rank, dim=-1)
+        total, count = memory.total + summand.float(), memory.count + 1
+        mixed = now + memory.last + (total / count[:, None]).to(dtype)
+        contribution = mixed @ self.write.to(dtype) + self.bias.to(dtype)
+        return contribution.unsqueeze(1), Memory(before.contiguous(), total, count)
 
     def advance(self, hidden: Tensor, reality: Reality | None, memory: Memory | None) -> Memory | None:
         if memory is None:
