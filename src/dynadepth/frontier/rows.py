@@ -94,7 +94,7 @@ ROWS = (
     Row("drllm", "Dr.LLM: layers skipped, executed or repeated, by routers tuned on searched routes", DRLLM),
     Row(
         "drllm-static",
-        "the static route that skips as many layers as drllm, those that it runs least",
+        "the static route that runs as many layers as drllm, without those that it runs least",
         StaticBeside("drllm", DRLLM),
     ),
     Row(
@@ -102,7 +102,7 @@ ROWS = (
         "the one route that serves the prompts of drllm's data best, with no more layers than dense",
         BestStatic("drllm", DRLLM),
     ),
-    Row("drllm-random", "each input skips random layers, as many as drllm", RandomBeside("drllm", DRLLM)),
+    Row("drllm-random", "each input runs random layers, as many as drllm", RandomBeside("drllm", DRLLM)),
     Row(
         "drllm-shuffled",
         "the routers of drllm, every input under the route that they chose for another one",
