@@ -236,7 +236,7 @@ def test_budget_counts_unrouted_sublayers():
     assert routing.keep_of(0.75) == 0.5
     with pytest.raises(BudgetError, match=r"budget 0\.4 cannot be reached"):
         set_budget(model, attention=0.4)
-    for wrong in (0, -1, 1.5):
+    for wrong in (0, -1, 1.5, float("nan"), "0.5", None):
         with pytest.raises(BudgetError, match="above 0 and at most 1"):
             set_budget(model, attention=wrong)
     with pytest.raises(BudgetError, match="no calibration"):
@@ -254,6 +254,11 @@ def test_too_few_prompts_to_calibrate_are_said():
     with pytest.raises(BudgetError, match=r"0 prompts are too few .* at least 8"):
         calibrate(model, [])
     assert calibrate(model, prompts_to_batches(prompts(8, 0), pad=0)).points
+    by_token = attach(tiny(), MindSkipConfig(layers=(1, 2), granularity="token"))
+    with pytest.raises(BudgetError, match="1 prompts are too few to calibrate 7 budgets"):
+        calibrate(by_token, prompts_to_batches(prompts(1, 0), pad=0))
+    with pytest.raises(BudgetError, match="no keep ratios: name at least one"):
+        calibrate(model, prompts_to_batches(prompts(8, 0), pad=0), keeps=())
 
 
 def test_calibration_and_loading_leave_a_budget_of_one_unasked(tmp_path):

@@ -151,10 +151,11 @@ def mixture(keep: float, n_layers: int, most: int, tolerance: float = 0.0) -> li
 
 
 def units_needed(shares: int) -> int:
-    """Prompts (at token granularity: tokens of prompts) that tell so many shares apart, one between any two of them.
+    """Prompts that tell so many shares apart, one between any two of them.
 
-    The sites of one prompt are not counted apart: what a router answers hangs on its own bias first, so that many sites
-    of one prompt say little about other prompts. Budgets met within 0.02 take about forty prompts.
+    The sites and tokens of one prompt are not counted apart: what a router answers hangs on its own bias first, so that
+    many of one prompt say little about other prompts. Forty prompts met budgets within 0.02 with thirty sites; fewer
+    sites, whose every decision weighs more, take more prompts.
     """
     return shares + 1
 
@@ -164,14 +165,13 @@ def check_prompts(model: nn.Module, batches: Batches, shares: int) -> None:
     the same."""
     routing = routing_of(model)
     check_adjustable(routing)
-    by_sequence = routing.granularity.sticky
-    units = sum(len(b["input_ids"]) if by_sequence else int(b["attention_mask"].sum()) for b in batches)
-    needed = units_needed(shares)
-    if units < needed:
-        what = "prompts" if by_sequence else "tokens of prompts"
+    if not shares:
+        raise BudgetError("calibration was given no keep ratios: name at least one.")
+    prompts, needed = sum(len(b["input_ids"]) for b in batches), units_needed(shares)
+    if prompts < needed:
         raise BudgetError(
-            f"{units} {what} are too few to calibrate {shares} budgets: give at least {needed} beside those that are "
-            "tuned on, and about forty prompts for budgets that are met within 0.02."
+            f"{prompts} prompts are too few to calibrate {shares} budgets: give at least {needed} beside those that "
+            "are tuned on, and about forty for budgets that are met within 0.02."
         )
 
 

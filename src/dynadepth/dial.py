@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import nn
@@ -107,8 +108,8 @@ def _way_out(routing: Routing) -> str:
 
 def check_budget(budget: float, routing: Routing) -> float:
     """The budget, if it is in (0, 1] and the routed sites can reach it."""
-    if not 0 < budget <= 1:
-        raise BudgetError(f"budget must be above 0 and at most 1, not {budget}.")
+    if not isinstance(budget, Real) or not 0 < budget <= 1:
+        raise BudgetError(f"budget must be a number above 0 and at most 1, not {budget!r}.")
     if budget < routing.lowest_budget() - 1e-9:
         raise BudgetError(
             f"budget {budget} cannot be reached: only {len(routing.sites)} of {routing.n_layers} {routing.target.name} "

@@ -233,6 +233,10 @@ DAMAGES = {
     "routes": lambda cell: cell.update(routes=[1]),
     "tasks": lambda cell: cell.update(tasks={"tasks": {"alpha": 0.5}}),
     "provenance": lambda cell: cell.update(provenance="mine"),
+    "no number": lambda cell: cell["text"].update(kl=float("nan")),
+    "speed-up below zero": lambda cell: cell.update(speed=[{"phase": "decode", "speedup": -1.2, "spread": 0.1}]),
+    "spread below zero": lambda cell: cell.update(speed=[{"phase": "decode", "speedup": 1.2, "spread": -0.1}]),
+    "layers": lambda cell: cell.update(layers=10**9),
 }
 
 
@@ -250,12 +254,21 @@ def test_a_cell_that_cannot_be_shown_is_named_and_the_rest_is_shown(folder, dama
     assert list(found.cells["static"]) == [0.5]
 
 
-def test_cells_of_another_model_are_named(folder):
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("model", "0123456789abcdef", "models"),
+        ("texts", {"other.txt": "0123456789abcdef"}, "sets of texts"),
+        ("limit", 7, "limits of rows"),
+        ("max_windows", 3, "numbers of windows"),
+    ],
+)
+def test_cells_that_cannot_be_compared_are_named(folder, name, value, what):
     path = folder / "cells" / "static@0.75.json"
     cell = json.loads(path.read_text())
-    cell["settings"]["model"] = "0123456789abcdef"
+    cell["settings"][name] = value
     path.write_text(json.dumps(cell))
-    assert "The cells are of 2 models: differences between them mean nothing." in read_folder(folder).problems
+    assert read_folder(folder).problems == [f"The cells are of 2 {what}: differences between them mean nothing."]
 
 
 def test_a_folder_with_nothing_usable_is_one_error(tmp_path, refused):

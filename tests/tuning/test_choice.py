@@ -222,7 +222,12 @@ def test_a_run_that_chooses_a_static_route_saves_one(tmp_path):
 def test_a_run_that_chooses_routers_saves_them(tmp_path):
     result = tune(two_kinds(), Tokenizer(), of_both_kinds(), KINDS, out=tmp_path)
     assert result.choice.chosen == "routers"
-    assert result.kl_after < 0.1 * result.kl_static
+    (compared,) = result.choice.by_budget
+    assert compared["keep"] == result.keep_after.all, "more than the budget: held-out texts have more of one kind"
+    assert compared["keep"] > compared["budget"] + 0.05, "this test needs a twin of another keep ratio"
+    assert result.kl_static == pytest.approx(compared["kl_static"]), "of as much as the routers execute"
+    assert result.kl_after == pytest.approx(compared["kl_routers"])
+    assert result.kl_after < 0.2 * result.kl_static
     again = load(two_kinds(), tmp_path).eval()
     assert isinstance(routing_of(again).config, MindSkipConfig)
     assert routing_of(again).calibration is not None

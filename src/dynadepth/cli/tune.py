@@ -200,7 +200,7 @@ def tune(
             grid.add_row(f"executed, of {label}", percent(before), percent(after))
         grid.add_row("KL(dense‖routed), nats a token", number(result.kl_before, 4), number(result.kl_after, 4))
         if result.kl_static is not None:
-            grid.add_row("KL of the static route at this budget", "", number(result.kl_static, 4))
+            grid.add_row("KL of the static route that executes as much", "", number(result.kl_static, 4))
         console = out()
         console.print(grid)
         met = None if result.keep_after is None else result.keep_after.all

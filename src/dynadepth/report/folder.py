@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from dynadepth.routing.decision import Site
 OPTIONAL = {"tasks": dict, "against_dense": dict, "against": dict, "speed": list, "routes": dict, "provenance": dict}
 """What a cell may lack."""
 
+ALIKE = {
+    "model": "models",
+    "dtype": "dtypes",
+    "texts": "sets of texts",
+    "max_windows": "numbers of windows",
+    "tasks": "sets of tasks",
+    "limit": "limits of rows",
+}
+"""Settings that cells have to share to be compared."""
+
+MOST_LAYERS = 10_000
+"""More than any model has: a layer map of more would be no picture."""
+
 
 def usable(path: Path) -> Cell:
     """A cell whose every figure can be shown, or `DataError`: all that tables, figures and the page ask of it is asked
@@ -27,7 +41,7 @@ def usable(path: Path) -> Cell:
         for name, kind in OPTIONAL.items():
             if cell.get(name) is not None and not isinstance(cell[name], kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
-        summary_of(cell)
+        _check_numbers(cell, summary_of(cell))
         shares = [(Site.parse(site), float(share)) for site, share in cell["site_keep"].items()]
         if any(not 0 <= site.layer < cell["layers"] for site, _ in shares):
             raise ValueError("site_keep names a layer that does not exist")
@@ -44,6 +58,18 @@ def usable(path: Path) -> Cell:
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged: its figures cannot be read ({error!r}).") from error
     return cell
+
+
+def _check_numbers(cell: Cell, summary: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for figures that are no numbers, times that no clock gives, and depths that no model has."""
+    figures = [summary[name] for name in ("perplexity", "kl", "tasks", "keep_all", "flops_share", "kv_share")]
+    if any(figure is not None and math.isnan(figure) for figure in figures):
+        raise ValueError("a figure is no number")
+    for timed in cell.get("speed") or []:
+        if (timed.get("speedup") or 1) <= 0 or (timed.get("spread") or 0) < 0:
+            raise ValueError("a speed-up or its spread is below zero")
+    if not 0 < cell["layers"] <= MOST_LAYERS:
+        raise ValueError(f"{cell['layers']} layers")
 
 
 def _intervals(cell: Cell) -> Iterator[Any]:
@@ -90,9 +116,10 @@ def read_folder(folder: Path) -> Findings:
         raise DataError(
             f"{folder} holds no finished cell of a frontier{why}: make some with `dynadepth frontier MODEL --out DIR`."
         )
-    models = {str(cell["settings"].get("model")) for cells in found.cells.values() for cell in cells.values()}
-    if len(models) > 1:
-        found.problems.append(f"The cells are of {len(models)} models: differences between them mean nothing.")
+    settings = [cell["settings"] for cells in found.cells.values() for cell in cells.values()]
+    for name, what in ALIKE.items():
+        if (several := len({json.dumps(one.get(name), sort_keys=True) for one in settings})) > 1:
+            found.problems.append(f"The cells are of {several} {what}: differences between them mean nothing.")
     there = {path.stem for path in files}
     found.problems += [f"The cell {name} is missing: it was planned." for name in planned if name not in there]
     if found.dense is None:

@@ -58,22 +58,14 @@ def choose(
     The static route is chosen unless the routers are better beyond the noise, since it costs less. The model's budget
     is the last one compared afterwards.
     """
-    routing, order = routing_of(model), in_order(scores)
+    order = in_order(scores)
     routed = distances(model, examples, collator, [partial(_at_budget, model, b) for b in budgets], progress)
     keeps = [found.keep.all for found in routed if found.keep is not None]
     assert len(keeps) == len(budgets), "a routed model records what it executes"
-    mixed = [mixture(keep, routing.n_layers, len(order)) for keep in keeps]
-    counts = sorted({count for parts in mixed for count, _ in parts})
-    routes = [
-        partial(fixed_routes, model, {site: site.layer not in order[:count] for site in routing.sites})
-        for count in counts
-    ]
-    fixed = dict(zip(counts, distances(model, examples, collator, routes, progress), strict=True))
-
     n, tokens = len(examples), max(routed[0].tokens, 1)
     each = n / tokens  # of an example's sum, so that the mean over examples is nats a token
     own = [[each * kl for kl in found.kl] for found in routed]
-    twin = [[each * sum(share * fixed[c].kl[i] for c, share in parts) for i in range(n)] for parts in mixed]
+    twin = [[each * kl for kl in sums] for sums in twins(model, examples, collator, order, keeps, progress)]
     a, b = ([sum(column) / len(budgets) for column in zip(*rows, strict=True)] for rows in (own, twin))
     interval = paired_bootstrap(a, b) if n > 1 else None
     kl_routers, kl_static = sum(a) / n, sum(b) / n
@@ -92,6 +84,27 @@ def choose(
             for budget, keep, o, t in measured
         ),
     )
+
+
+def twins(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    order: Sequence[int],
+    keeps: Sequence[float],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[float]]:
+    """For each keep ratio of all sublayers, the Σ KL(dense‖routed) of every example under the static route that skips
+    the first layers of `order`. Where no whole number of them has the ratio, of the two next to it, mixed."""
+    routing = routing_of(model)
+    mixed = [mixture(keep, routing.n_layers, len(order)) for keep in keeps]
+    counts = sorted({count for parts in mixed for count, _ in parts})
+    routes = [
+        partial(fixed_routes, model, {site: site.layer not in order[:count] for site in routing.sites})
+        for count in counts
+    ]
+    fixed = dict(zip(counts, distances(model, examples, collator, routes, progress), strict=True))
+    return [[sum(share * fixed[c].kl[i] for c, share in parts) for i in range(len(examples))] for parts in mixed]
 
 
 def settle(model: nn.Module, order: tuple[int, ...]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from dynadepth.dial import set_budget
 from dynadepth.errors import ConfigError, TuningError
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import StaticConfig
-from dynadepth.model import add_lora, attach, detach, fixed_routes, save
+from dynadepth.model import add_lora, attach, detach, save
 from dynadepth.routed import is_attached, routing_of, unwrapped
 from dynadepth.routing.decision import KeepRatio
-from dynadepth.tuning.choice import STATIC, Choice, choose, settle
+from dynadepth.tuning.choice import STATIC, Choice, choose, settle, twins
 from dynadepth.tuning.data import Collator, Example, pad_token_id
-from dynadepth.tuning.heldout import distance, distances
+from dynadepth.tuning.heldout import distance
 from dynadepth.tuning.orders import scores_by
 from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.resuming import Measured, keep_start, kept_start, restore, resumable, snapshot
@@ -59,7 +58,8 @@ class TuneResult:
     static_skip: list[int] = field(default_factory=list)
     """Layers that a static route of the budget skips: the one saved, or the one of the same importance scores."""
     kl_static: float | None = None
-    """KL of the latter with the tuned skip paths; None where a static route is saved."""
+    """KL of static routes in `order` with the tuned skip paths, which execute as much as the routers did; None where a
+    static route is saved."""
     explained: dict[str, float] | None = None
     """Share of the variance of each site's contribution that its skip path explained as fitted."""
     order: list[int] = field(default_factory=list)
@@ -135,7 +135,10 @@ def tune(
     skip = budgets.static_skip(start.measured.scores, start.budget, routing.n_layers)
     if isinstance(routing.config, StaticConfig):
         skip = routing.config.skip
-    fixed = partial(fixed_routes, model, {site: site.layer not in skip for site in routing.sites})
+    order, kl_static = in_order(start.measured.scores), None
+    if not routing.is_static and after.keep is not None:
+        (sums,) = twins(model, start.heldout, start.collator, order, [after.keep.all])
+        kl_static = sum(sums) / max(after.tokens, 1)
     result = TuneResult(
         directory=str(out),
         seconds=trainer.seconds,
@@ -150,9 +153,9 @@ def tune(
         moved=way,
         losses=trainer.losses,
         static_skip=list(skip),
-        kl_static=None if routing.is_static else distances(model, start.heldout, start.collator, [fixed])[0].mean,
+        kl_static=kl_static,
         explained=start.measured.explained,
-        order=list(in_order(start.measured.scores)),
+        order=list(order),
         choice=choice,
     )
     for path in routing.paths().values():
@@ -183,7 +186,7 @@ def _start(
     check_learnable(model, recipe)
     routing = routing_of(model)
     shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
-    n_heldout = held_out(recipe, routing, len(examples), len(shares))
+    n_heldout = held_out(recipe, len(examples), len(shares))
     heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
     routing.provenance = {
         "recipe": recipe.to_dict(),

@@ -15,7 +15,7 @@ from dynadepth.budget import Batches, in_order, pin_threshold, prompts_to_batche
 from dynadepth.dial import check_budget, set_budget
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
-from dynadepth.routed import Routing, routing_of
+from dynadepth.routed import routing_of
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.recipe import Recipe
@@ -124,10 +124,10 @@ def start_by_token(
         pin_threshold(model, batches[-PINNED:], keep_of(model, budget))
 
 
-def held_out(recipe: Recipe, routing: Routing, n_examples: int, shares: int) -> int:
+def held_out(recipe: Recipe, n_examples: int, shares: int) -> int:
     """How many examples are held out: the recipe's share, or as many more as it takes to calibrate `shares`; one is
     left to tune on."""
-    needed = units_needed(shares) if shares and routing.granularity.sticky else 1
+    needed = units_needed(shares) if shares else 1
     return min(max(1, round(recipe.holdout * n_examples), needed), n_examples - 1)
 
 
