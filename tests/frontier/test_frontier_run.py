@@ -75,6 +75,11 @@ def test_every_cell_is_there_and_whole(finished):
     assert [line["budget"] for line in summary["cells"]] == [1.0, 0.75, 0.5, 0.75, 0.5]
     assert "/" not in json.dumps(summary["settings"])
     assert budgets_met(found)[2] == []
+    off = json.loads(json.dumps(static))
+    off["tasks"]["keep_ratio"]["all"] = 0.47
+    found.add(off)
+    assert budgets_met(found)[2] == ["static at 0.5 executed 47.0 % on the tasks."]
+    found.add(static)
 
 
 def test_a_second_run_measures_nothing(folder, opened, model_folder, data, counted):

@@ -153,7 +153,7 @@ def task_table(found: Findings) -> tuple[tuple[str, ...], list[Line]]:
 
 def budgets_met(found: Findings) -> tuple[tuple[str, ...], list[Line], list[str]]:
     """What was asked for and what was executed, on the texts, the tasks and each kind of prompt; and, in words, the
-    cells that are off by more than 0.02 on the texts."""
+    cells that are off by more than 0.02 on the texts or the tasks."""
     kinds = list(dict.fromkeys(k for cells in found.cells.values() for c in cells.values() for k in c["kinds"]))
     lines, missed = [], []
     for row in found.methods:
@@ -164,9 +164,9 @@ def budgets_met(found: Findings) -> tuple[tuple[str, ...], list[Line], list[str]
             keeps = [summary["keep_all"], summary["keep_tasks"]]
             keeps += [_keep(cell["kinds"].get(kind)) for kind in kinds]
             lines.append(Line(row["name"], (row["name"], budget_label(budget), *(percent(keep) for keep in keeps))))
-            measured = summary["keep_all"]
-            if budget is not None and measured is not None and abs(measured - budget) > TOLERANCE + 1e-9:
-                missed.append(f"{row['name']} at {budget:g} executed {percent(measured)} on the texts.")
+            for measured, where in zip(keeps, ("texts", "tasks"), strict=False):
+                if budget is not None and measured is not None and abs(measured - budget) > TOLERANCE + 1e-9:
+                    missed.append(f"{row['name']} at {budget:g} executed {percent(measured)} on the {where}.")
     return ("method", "asked", "texts", "tasks", *kinds), lines, missed
 
 
