@@ -125,6 +125,17 @@ def test_pairs_are_looked_up_in_any_order_and_across_chunks(monkeypatch):
     assert [start for start, _ in log_prob_chunks(states, head)] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pairs_and_whole_rows_have_the_same_log_probabilities(dtype):
+    """A dense model has one perplexity, scored alone or beside a routed one."""
+    states = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(9001, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tokens = torch.arange(64) * 140
+    pairs, _ = pair_log_probs(states, lambda x: x @ weight.T, torch.arange(64), tokens)
+    rows = torch.cat([chunk for _, chunk in log_prob_chunks(states, lambda x: x @ weight.T)])
+    assert torch.equal(pairs, rows[torch.arange(64), tokens])
+
+
 def test_half_precision_logits_become_float32_before_the_softmax():
     states = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight = torch.randn(32, 8, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -127,11 +127,12 @@ def logit_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> It
 
 
 def log_prob_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first position, float32 log-probabilities `[n, V]`) over all N positions, a few at a time."""
+    """Yields (first position, float32 log-probabilities `[n, V]`) over all N positions, a few at a time; to the digit
+    those of `pair_log_probs`."""
     for start, chunk_NV in logit_chunks(states_ND, to_logits):
-        for (rows_NV,) in few_rows(chunk_NV):
-            yield start, rows_NV.float().log_softmax(-1)
-            start += len(rows_NV)
+        for (few_NV,) in few_rows(chunk_NV):
+            yield start, few_NV.float() - log_sums(few_NV)[:, None]
+            start += len(few_NV)
 
 
 @torch.no_grad()
