@@ -82,6 +82,31 @@ def test_a_killed_cell_goes_on_at_the_text_or_task_where_it_was(opened, two, tmp
     assert resumed["seconds"] > sum(seconds)
 
 
+def test_kinds_and_samples_of_a_killed_cell_are_kept(opened, two, tmp_path, evaluated, monkeypatch):
+    run_frontier(*opened, two, tmp_path / "whole")
+    out, calls, timed = tmp_path / "killed", [], scoring.variety
+    for name in ("by_kind", "answers"):
+        own = getattr(scoring, name)
+        monkeypatch.setattr(scoring, name, lambda *given, own=own, name=name: (calls.append(name), own(*given))[1])
+
+    def killed(*given, **options):
+        if calls == ["by_kind", "answers"] * 2:
+            raise KeyboardInterrupt
+        return timed(*given, **options)
+
+    monkeypatch.setattr(scoring, "variety", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_frontier(*opened, two, out)
+    kept = {path.name for path in (out / "pieces" / "static@0.5").iterdir()}
+    assert {"0 kinds.json", "0 samples.json"} <= kept
+    evaluated.seen.clear()
+    calls.clear()
+    run_frontier(*opened, two, out)
+    assert calls == evaluated.seen == []
+    resumed, whole = (read_cell(folder / "cells" / "static@0.5.json") for folder in (out, tmp_path / "whole"))
+    assert lasting(resumed) == lasting(whole)
+
+
 def test_a_damaged_piece_and_one_of_other_settings_are_measured_again(opened, two, tmp_path, evaluated):
     evaluated.stop = 8
     with pytest.raises(KeyboardInterrupt):

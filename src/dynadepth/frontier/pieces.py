@@ -1,5 +1,6 @@
-"""What is measured of a cell before it is whole: one file a text or task, in `DIR/pieces/NAME@BUDGET`, so that a killed
-run loses no more than one of them. They go when the cell is written."""
+"""What is measured of a cell before it is whole: one file a text or task, and one each for kinds of prompt and sample
+answers, in `DIR/pieces/NAME@BUDGET`, so that a killed run loses no more than one of them. They go when the cell is
+written."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def measured(
     keep: Keep = at_once,
 ) -> dict[str, Any]:
     """Quality of the model as it stands, routed or bare, and what it executed; without `prompts` on the texts and tasks
-    alone (`kinds` and `samples` stay empty). Each text and each task is a piece of its own for `keep`."""
+    alone (`kinds` and `samples` stay empty). Each text and each task, the kinds and the samples are pieces of their own
+    for `keep`."""
     common: dict[str, Any] = {"seed": settings.seed, "with_rows": True, "progress": tell}
 
     def read(file: str) -> dict[str, Any]:
@@ -84,9 +85,10 @@ def measured(
     kinds, samples = {}, []
     if prompts:
         tell("keep ratio by kind of prompt")
-        kinds = by_kind(model, tokenizer)
+        kinds = keep("kinds", partial(by_kind, model, tokenizer))
         tell("sample answers")
-        samples = answers(model, tokenizer, SAMPLES, settings.answer_tokens)
+        written = partial(answers, model, tokenizer, SAMPLES, settings.answer_tokens)
+        samples = keep("samples", lambda: {"answers": written()})["answers"]
     rows = {name: _together(text["rows"][name] for text in texts) for name in ("perplexity", "kl")}
     if tasks:
         rows["tasks"] = _together(task["rows"]["tasks"] for task in tasks)
