@@ -71,7 +71,7 @@ class TestOrdersByRemoval:
         wanted = json.loads((whole / "scores" / "static-greedy.json").read_text())["chosen"]
         cut, file = tmp_path / "cut", tmp_path / "cut" / "scores" / "static-greedy.json"
         calls.made.clear()
-        calls.interrupt(5)  # in the second round
+        calls.interrupt(6)  # in the second round: four alone, and the best of them, come first
         with pytest.raises(KeyboardInterrupt):
             run_frontier(*opened, settings("static-greedy", budgets=(0.5,)), cut)
         assert not is_attached(opened[0])
@@ -82,6 +82,18 @@ class TestOrdersByRemoval:
             run_frontier(*opened, settings("static-greedy", budgets=(budget,)), cut)
             assert {len(route) for route in calls.made} == {count}
         assert json.loads(file.read_text())["chosen"] == pytest.approx(wanted)
+
+    def test_a_first_greedy_round_that_was_interrupted_goes_on(self, opened, settings, tmp_path, calls):
+        asked = settings("static-greedy", budgets=(0.75,))
+        calls.interrupt(3)
+        with pytest.raises(KeyboardInterrupt):
+            run_frontier(*opened, asked, tmp_path)
+        before = calls.made[:2]
+        calls.interrupt(None)
+        calls.made.clear()
+        run_frontier(*opened, asked, tmp_path)
+        assert len(calls.made) == 3, "two that were not measured, and the best of all four"
+        assert not any(route in before for route in calls.made[:2])
 
     def test_an_interrupted_pass_over_single_sublayers_goes_on(self, opened, settings, tmp_path, calls):
         asked = settings("static-alone", budgets=(0.5,))

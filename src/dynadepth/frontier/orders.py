@@ -51,8 +51,11 @@ def _alone(bench: Workbench, name: str, target: str, order: str = "alone") -> li
 
 
 def _greedy(bench: Workbench, name: str, target: str) -> list[int]:
+    count = max(skip_count(budget, bench.n_layers) for budget in bench.settings.budgets)
+    if count and not _Removal.read(bench, name, target).search.chosen:
+        _alone(bench, name, target)  # what the first round wants to know, kept after each sublayer
     found = _Removal.read(bench, name, target)
-    search, count = found.search, max(skip_count(budget, bench.n_layers) for budget in bench.settings.budgets)
+    search = found.search
     if len(search.chosen) < count:
         search.increase = search.increase or dict(found.alone)
         tell = _told(bench, "greedy")
