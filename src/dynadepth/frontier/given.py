@@ -1,4 +1,5 @@
-"""The routes of single inputs, told apart by their prompts (the tokens that may decide a route): seen, and given."""
+"""The routes of single inputs, told apart by their prompts (the tokens that may decide a route): seen, and given; and
+routes given to tokens by their positions."""
 
 from __future__ import annotations
 
@@ -6,16 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from dynadepth.architectures import decoder_of
 from dynadepth.model import fixed_routes
-from dynadepth.routed import routing_of
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.context import Injection, is_disabled
 from dynadepth.routing.decision import Site
 
 Prompt = tuple[int, ...]
 Route = dict[Site, int]
+GOLDEN, ROOT = (1 + 5**0.5) / 2, 2**0.5
 
 
 @contextmanager
@@ -59,6 +63,37 @@ def giving(model: nn.Module, routes: Mapping[Prompt, Route], default: Route | No
     try:
         with fixed_routes(model, decisions):
             yield given
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def giving_positions(model: nn.Module, shares: Mapping[Site, float]) -> Iterator[None]:
+    """Inside the block the share `shares[site]` of the positions executes at each site, whatever the tokens are there.
+
+    Position p executes where the fractional part of (p + 1) · φ + layer · √2, φ the golden ratio, is below the share:
+    evenly spread at every site, and elsewhere at every one. Padding has no position.
+    """
+    routing = routing_of(model)
+    decisions: dict[Site, Injection] = dict.fromkeys(shares, True)
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if is_disabled(routing):
+            return
+        ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if mask is None:
+            past = cache.seen if isinstance(cache, RoutedCache) else 0
+            number = torch.arange(past + 1, past + 1 + ids.shape[1], device=ids.device).expand_as(ids)
+        else:
+            number = mask.long().cumsum(1)[:, -ids.shape[1] :]
+        turns = number.double() * GOLDEN
+        decisions.update({site: (turns + site.layer * ROOT) % 1 < share for site, share in shares.items()})
+
+    decoder = decoder_of(unwrapped(model))  # prompts are also read without the head
+    handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with fixed_routes(model, decisions):
+            yield
     finally:
         handle.remove()
 

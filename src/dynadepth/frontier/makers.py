@@ -1,9 +1,9 @@
 """Kinds of methods: how a row of the frontier routes a model at a budget.
 
-`Dense`, `RandomPerInput`, `Tuned` (a recipe), `TwinOf` (the fixed route of a tuned row); beside them `static.Static`
-and `shuffled.Shuffled`. A maker gives the budgets at which its row has a cell, the settings that the cell depends on,
-and the model routed at a budget: one part, or two whose figures are mixed where a fixed route between two whole counts
-is meant.
+`Dense`, `RandomPerInput`, `Tuned` (a recipe), `TwinOf` (the fixed route of a tuned row), `PositionsOf` (the tokens at
+fixed positions); beside them `static.Static` and `shuffled.Shuffled`. A maker gives the budgets at which its row has a
+cell, the settings that the cell depends on, and the model routed at a budget: one part, or two whose figures are mixed
+where a fixed route between two whole counts is meant.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dynadepth import adapter
 from dynadepth.budget import mixture
 from dynadepth.dial import set_budget
 from dynadepth.errors import BudgetError, ConfigError
+from dynadepth.frontier.given import giving_positions
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.lora import LoraSettings
 from dynadepth.methods import DepthConfig
@@ -28,6 +29,7 @@ from dynadepth.methods.random import RandomConfig
 from dynadepth.model import add_lora, attach, detach, fixed_routes, load
 from dynadepth.routed import routing_of
 from dynadepth.routing.calibration import TOLERANCE
+from dynadepth.routing.decision import Site
 from dynadepth.tuning import Recipe, load_recipe
 
 Budget = float | None
@@ -169,6 +171,36 @@ class TwinOf(Maker):
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
         counts = mixture(keep, bench.n_layers, len(order), TOLERANCE)
         return [Part(fixed(bench.model, folder, frozenset(order[:count])), share) for count, share in counts]
+
+
+@dataclass(frozen=True)
+class PositionsOf(Maker):
+    """The static twin of a row tuned at token granularity: at every site the same share of the tokens executes as its
+    router let execute on text, but those at fixed positions, for every input, with that row's skip paths."""
+
+    of: str
+    """The tuned row's name: its cells come first."""
+    row: Tuned
+
+    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
+        return self.row.budgets(name, asked, n_layers)
+
+    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
+        return {"positions of": self.row.settings(bench, self.of)}
+
+    def ready(self, bench: Workbench, name: str) -> None:
+        self.row.ready(bench, self.of)
+
+    def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
+        folder = bench.routers(self.of, self.row.made())
+        kept = bench.cell(self.of, budget)["site_keep"]
+        return [Part(lambda: _at_positions(bench.model, folder, {Site.parse(s): share for s, share in kept.items()}))]
+
+
+@contextmanager
+def _at_positions(model: PreTrainedModel, folder: Path, shares: Mapping[Site, float]) -> Iterator[PreTrainedModel]:
+    with loaded(model, folder, None), giving_positions(model, shares):
+        yield model
 
 
 def _order_of(folder: Path) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dynadepth.errors import ConfigError, did_you_mean
-from dynadepth.frontier.makers import Dense, Maker, RandomPerInput, Tuned, TwinOf
+from dynadepth.frontier.makers import Dense, Maker, PositionsOf, RandomPerInput, Tuned, TwinOf
 from dynadepth.frontier.searched import BestStatic, Oracle, RandomBeside, Searched, StaticBeside
 from dynadepth.frontier.shuffled import Shuffled
 from dynadepth.frontier.static import Static
@@ -25,7 +25,7 @@ class Row:
     @property
     def of(self) -> str | None:
         """The row that this one is compared with, whose cells are measured before."""
-        beside = TwinOf | Shuffled | StaticBeside | RandomBeside | BestStatic
+        beside = TwinOf | PositionsOf | Shuffled | StaticBeside | RandomBeside | BestStatic
         return self.maker.of if isinstance(self.maker, beside) else None
 
     @property
@@ -42,6 +42,7 @@ class Row:
 
 
 DEFAULT, DRLLM = Tuned("default"), Searched("drllm-paper")
+BY_TOKEN = Tuned("default", method={"granularity": "token"})
 ROWS = (
     Row(DENSE, "the model itself: everything executes", Dense()),
     Row("static", "skips the sublayers with the lowest 1 − cosine, the same for every input", Static("cosine")),
@@ -89,7 +90,12 @@ ROWS = (
     Row(
         "default-token",
         "the default recipe at token granularity; skipped tokens keep their keys and values",
-        Tuned("default", method={"granularity": "token"}),
+        BY_TOKEN,
+    ),
+    Row(
+        "default-token-static",
+        "the static twin of default-token: each attention executes the same share of tokens, at fixed positions",
+        PositionsOf("default-token", BY_TOKEN),
     ),
     Row("drllm", "Dr.LLM: layers skipped, executed or repeated, by routers tuned on searched routes", DRLLM),
     Row(
