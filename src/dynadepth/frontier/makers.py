@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -33,6 +33,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.tuning import Recipe, load_recipe
 
 Budget = float | None
+Learnt = TypeVar("Learnt", bound="Maker")
 
 
 @dataclass(frozen=True)
@@ -147,26 +148,34 @@ class Tuned(Maker):
 
 
 @dataclass(frozen=True)
-class TwinOf(Maker):
-    """The fixed route with the keep ratio that a tuned row had on text, least important sites first, with that row's
-    own routers' skip paths and tuning."""
+class Beside(Maker, Generic[Learnt]):
+    """A control of a row that was tuned: with what that one learnt, at its budgets."""
 
     of: str
     """The tuned row's name: its cells come first."""
-    row: Tuned
+    row: Learnt
+    kind: ClassVar[str] = "beside"
+    """What it is, in its settings."""
 
     def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
         return self.row.budgets(name, asked, n_layers)
 
     def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
-        return {"twin of": self.row.settings(bench, self.of)}
+        return {self.kind: self.row.settings(bench, self.of)}
 
     def ready(self, bench: Workbench, name: str) -> None:
         self.row.ready(bench, self.of)
 
+
+@dataclass(frozen=True)
+class TwinOf(Beside[Tuned]):
+    """The fixed route with the keep ratio that a tuned row had on text, least important sites first, with that row's
+    own routers' skip paths and tuning."""
+
+    kind = "twin of"
+
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
-        recipe = self.row.made()
-        folder = bench.routers(self.of, recipe)
+        folder = self.row.folder(bench, self.of)
         order = _order_of(folder)
         keep = bench.cell(self.of, budget)["text"]["keep_ratio"]["all"]
         counts = mixture(keep, bench.n_layers, len(order), TOLERANCE)
@@ -174,25 +183,14 @@ class TwinOf(Maker):
 
 
 @dataclass(frozen=True)
-class PositionsOf(Maker):
+class PositionsOf(Beside[Tuned]):
     """The static twin of a row tuned at token granularity: at every site the same share of the tokens executes as its
     router let execute on text, but those at fixed positions, for every input, with that row's skip paths."""
 
-    of: str
-    """The tuned row's name: its cells come first."""
-    row: Tuned
-
-    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
-        return self.row.budgets(name, asked, n_layers)
-
-    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
-        return {"positions of": self.row.settings(bench, self.of)}
-
-    def ready(self, bench: Workbench, name: str) -> None:
-        self.row.ready(bench, self.of)
+    kind = "positions of"
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
-        folder = bench.routers(self.of, self.row.made())
+        folder = self.row.folder(bench, self.of)
         kept = bench.cell(self.of, budget)["site_keep"]
         return [Part(lambda: _at_positions(bench.model, folder, {Site.parse(s): share for s, share in kept.items()}))]
 

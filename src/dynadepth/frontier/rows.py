@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dynadepth.errors import ConfigError, did_you_mean
-from dynadepth.frontier.makers import Dense, Maker, PositionsOf, RandomPerInput, Tuned, TwinOf
+from dynadepth.frontier.makers import Beside, Dense, Maker, PositionsOf, RandomPerInput, Tuned, TwinOf
 from dynadepth.frontier.searched import BestStatic, Oracle, RandomBeside, Searched, StaticBeside
 from dynadepth.frontier.shuffled import Shuffled
 from dynadepth.frontier.static import Static
@@ -25,8 +25,7 @@ class Row:
     @property
     def of(self) -> str | None:
         """The row that this one is compared with, whose cells are measured before."""
-        beside = TwinOf | PositionsOf | Shuffled | StaticBeside | RandomBeside | BestStatic
-        return self.maker.of if isinstance(self.maker, beside) else None
+        return self.maker.of if isinstance(self.maker, Beside) else None
 
     @property
     def reads_data(self) -> bool:

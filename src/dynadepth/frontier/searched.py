@@ -19,7 +19,7 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.budget import mixture
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.frontier.given import Prompt, Route, giving
-from dynadepth.frontier.makers import Budget, Maker, Part, attached, fixed, loaded
+from dynadepth.frontier.makers import Beside, Budget, Maker, Part, attached, fixed, loaded
 from dynadepth.frontier.scoring import measured
 from dynadepth.frontier.settings import source_facts
 from dynadepth.frontier.workbench import Workbench
@@ -120,25 +120,7 @@ class Searched(Maker):
 
 
 @dataclass(frozen=True)
-class _Beside(Maker):
-    """A control of a searched row, with its one cell."""
-
-    of: str
-    """The searched row's name: its cell comes first."""
-    row: Searched
-
-    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
-        return (None,)
-
-    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
-        return {"beside": self.row.settings(bench, self.of)}
-
-    def ready(self, bench: Workbench, name: str) -> None:
-        self.row.ready(bench, self.of)
-
-
-@dataclass(frozen=True)
-class _AsDeep(_Beside):
+class _AsDeep(Beside[Searched]):
     """A control that runs as many layers as the routers did on the texts, their repeats counted. It repeats none, and
     runs no more than the dense model."""
 
@@ -173,7 +155,7 @@ class RandomBeside(_AsDeep):
 
 
 @dataclass(frozen=True)
-class BestStatic(_Beside):
+class BestStatic(Beside[Searched]):
     """One route for every input, chosen on the searched prompts (`search.static.best_static`). Saved like any other
     static route."""
 

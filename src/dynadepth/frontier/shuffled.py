@@ -6,7 +6,7 @@ the content. Inputs are windows of a text and contexts of a task.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier.given import Prompt, Route, giving, watching
-from dynadepth.frontier.makers import Budget, Maker, Part, Tuned, loaded
+from dynadepth.frontier.makers import Beside, Budget, Part, Tuned, loaded
 from dynadepth.frontier.scoring import Tell, measured
 from dynadepth.frontier.searched import Searched
 from dynadepth.frontier.settings import Settings
@@ -26,21 +26,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shuffled(Maker):
+class Shuffled(Beside[Tuned | Searched]):
     """A tuned row's routers at sequence granularity, each input under the route of another one."""
 
-    of: str
-    """The tuned row's name: its cells come first."""
-    row: Tuned | Searched
-
-    def budgets(self, name: str, asked: Iterable[float], n_layers: int) -> tuple[Budget, ...]:
-        return self.row.budgets(name, asked, n_layers)
-
-    def settings(self, bench: Workbench, name: str) -> dict[str, Any]:
-        return {"shuffled": self.row.settings(bench, self.of)}
-
-    def ready(self, bench: Workbench, name: str) -> None:
-        self.row.ready(bench, self.of)
+    kind = "shuffled"
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         folder = self.row.folder(bench, self.of)
