@@ -14,7 +14,8 @@ from test_replay import margin
 from dynadepth import MindSkipConfig, Site, attach, fixed_routes, hub
 from dynadepth.errors import DataError
 from dynadepth.route_file import Answer, Header, PromptRoutes, Route, RouteFile
-from dynadepth.search import search_files, static
+from dynadepth.search import replay, search_files, static
+from dynadepth.search.answers import replies
 from dynadepth.search.questions import load_questions
 from dynadepth.search.replay import questions_of
 from dynadepth.search.searcher import SearchSettings
@@ -88,7 +89,7 @@ def made_toy(monkeypatch, seed=0):
     ran = {}
     worth = {(1, 0): 2.0, (3, 0): -1.0, (4, 2): 1.5, (5, 0): -2.0, (2, 2): 0.5, "else": -0.6}
 
-    def leads(runner, questions, routes, progress=None):
+    def leads(runner, questions, routes, progress=None, journal=None):
         found = {}
         for key in questions:
             for counts in routes[key]:
@@ -143,6 +144,60 @@ def test_the_best_of_many_that_are_all_alike_is_not_taken(monkeypatch):
         worth["else"] = 0.0
         taken += bool(best_static(None, None, file).steps)
     assert taken <= 5
+
+
+@pytest.fixture
+def searched(model_folder, tmp_path):
+    """Model, tokenizer and a file of searched routes."""
+    model, tokenizer = hub.load_model(model_folder, dtype="float32"), hub.load_tokenizer(model_folder)
+    file = write_rows(tmp_path / "arc.jsonl", choices(40))
+    settings = SearchSettings(TreeSettings(simulations=12), margin=0.0)
+    return model, tokenizer, search_files(model, tokenizer, [file], tmp_path / "routes.jsonl", settings).file
+
+
+class TestInterrupted:
+    def counted(self, monkeypatch, most=None):
+        """The groups that run from now on; the one after `most` is interrupted."""
+        ran = []
+
+        def run(runner, group, asked):
+            if len(ran) == most:
+                raise KeyboardInterrupt
+            ran.append(len(asked))
+            return replies(runner, group, asked)
+
+        monkeypatch.setattr(replay, "replies", run)
+        return ran
+
+    def test_it_goes_on_where_it_was(self, searched, tmp_path, monkeypatch):
+        kept = tmp_path / "kept" / "ran.jsonl"
+        whole = self.counted(monkeypatch)
+        expected = best_static(*searched)
+        assert len(whole) > 6
+        self.counted(monkeypatch, most=5)
+        with pytest.raises(KeyboardInterrupt):
+            best_static(*searched, kept=kept)
+        with kept.open("a") as file:
+            file.write('[["arc", "7", [1, 1,')  # killed while writing
+        rest = self.counted(monkeypatch)
+        assert best_static(*searched, kept=kept) == expected
+        assert rest == whole[5:]
+        assert self.counted(monkeypatch) == []
+        assert best_static(*searched, kept=kept) == expected
+
+    @pytest.mark.parametrize("what", ["seed", "file", "among"])
+    def test_what_depends_on_other_settings_is_run_again(self, searched, tmp_path, monkeypatch, what):
+        model, tokenizer, file = searched
+        kept = tmp_path / "ran.jsonl"
+        best_static(model, tokenizer, file, kept=kept)
+        names = {(prompt.source, prompt.id) for prompt in file.prompts[:30]}
+        other = replace(file, header=replace(file.header, model={**file.header.model, "fingerprint": "another"}))
+        changed = {"seed": {"seed": 1}, "file": {}, "among": {"among": names}}[what]
+        expected = self.counted(monkeypatch)
+        best_static(model, tokenizer, file, **changed)
+        ran = self.counted(monkeypatch)
+        best_static(model, tokenizer, other if what == "file" else file, kept=kept, **changed)
+        assert ran == expected
 
 
 def test_figures_are_those_of_plain_forwards(model_folder, tmp_path, monkeypatch):

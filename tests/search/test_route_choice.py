@@ -12,10 +12,11 @@ from commands import invoke
 from dynadepth import detach, hub, is_attached, load, routing_of
 from dynadepth.errors import DataError, TuningError
 from dynadepth.evaluation import evaluate
+from dynadepth.records import write_text
 from dynadepth.search import choice, search_files
 from dynadepth.search.choice import ROUTERS, STATIC, choose_from_routes
 from dynadepth.search.searcher import SearchSettings
-from dynadepth.search.static import StaticRoute
+from dynadepth.search.static import KEPT, StaticRoute
 from dynadepth.search.tree import TreeSettings
 from dynadepth.tuning.route_data import parted
 from dynadepth.tuning.route_recipe import load_route_recipe
@@ -51,8 +52,9 @@ def fixed(monkeypatch):
     """The best static route is this one; which prompts it was chosen by."""
     asked = {}
 
-    def best(model, tokenizer, file, *, among, seed, progress):
+    def best(model, tokenizer, file, *, among, seed, kept, progress):
         asked.update(among=set(among))
+        write_text(kept, "what ran")
         progress("step 1")
         return StaticRoute((1, 2, 0, 1), 0.5, 0.4, len(among), ())
 
@@ -72,6 +74,7 @@ def test_the_static_route_is_saved_where_routers_are_no_better(opened, routes_fi
     assert found.routers.n_trainable > 0
     assert found.chosen == STATIC
     assert routing_of(model).is_static
+    assert not (tmp_path / "out" / KEPT).exists(), "what ran is needed no more"
     assert found.validation[STATIC].layers == found.heldout[STATIC].layers == 4.0
     detach(model)
     load(model, tmp_path / "out")

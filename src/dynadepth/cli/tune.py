@@ -102,7 +102,7 @@ def tune(
 
     def interrupted() -> str:
         if routes is not None and method == "static":
-            return f"nothing was saved in {out_dir}; the same command starts anew."
+            return f"no route was saved in {out_dir} yet; the same command goes on from where it was."
         if routes is not None:
             return f"{out_dir} holds the best routers so far, if an epoch was over; the same command starts anew."
         if (out_dir / "routing_config.json").is_file():

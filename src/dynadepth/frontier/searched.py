@@ -32,7 +32,7 @@ from dynadepth.routed import is_attached, routing_of
 from dynadepth.routing.calibration import TOLERANCE
 from dynadepth.routing.decision import Site
 from dynadepth.search.figures import figures_of
-from dynadepth.search.static import SELECTION, best_static, static_route
+from dynadepth.search.static import KEPT, SELECTION, best_static, static_route
 from dynadepth.tuning.from_routes import tune_from_routes
 from dynadepth.tuning.route_recipe import RouteRecipe, load_route_recipe
 
@@ -183,6 +183,7 @@ class BestStatic(Beside[Searched]):
             bench.tokenizer,
             read_routes(bench, self.of),
             seed=bench.settings.seed,
+            kept=folder / KEPT,
             progress=lambda line: bench.tell(f"{name}, {line}"),
         )
         attach(bench.model, static_route(found.counts))
@@ -190,6 +191,7 @@ class BestStatic(Beside[Searched]):
             result = {"seconds": time.monotonic() - started, **asdict(found)}
             routing_of(bench.model).provenance = {"frontier": settings, "result": result}
             sign(bench.model, folder, bench.settings.model, bench.settings.seed)
+            (folder / KEPT).unlink(missing_ok=True)
         finally:
             detach(bench.model)
         return folder

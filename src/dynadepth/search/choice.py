@@ -23,7 +23,7 @@ from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.recorder import recording
 from dynadepth.search.questions import Question
 from dynadepth.search.replay import questions_of
-from dynadepth.search.static import StaticRoute, best_static, static_route
+from dynadepth.search.static import KEPT, StaticRoute, best_static, static_route
 from dynadepth.statistics import paired_bootstrap
 from dynadepth.tuning.data import pad_token_id
 from dynadepth.tuning.from_routes import RouteTuneResult, learnt_from, tune_from_routes
@@ -99,6 +99,7 @@ def choose_from_routes(
     and saves in `out` what answers more of the validation prompts: the static route unless the routers are better
     beyond the noise, since it costs nothing to decide. Only multiple-choice prompts are compared.
 
+    What ran to choose a static route is kept in `out` until the end (`KEPT`): interrupted, the choice goes on from it.
     Raises what `tune_from_routes` raises, and `DataError` for a file without multiple-choice prompts.
     """
     started = time.monotonic()
@@ -119,7 +120,8 @@ def choose_from_routes(
             progress(f"best static route, {line}", 0, 0, {})
 
     names = {(question.source, question.id) for question in training}
-    static = best_static(model, tokenizer, file, among=names, seed=seed, progress=tell)
+    kept = Path(out) / KEPT
+    static = best_static(model, tokenizer, file, among=names, seed=seed, kept=kept, progress=tell)
     sides = _Side(model, tokenizer, validation, seed), _Side(model, tokenizer, heldout, seed)
     attach(model, static_route(static.counts))
     for side in sides:
@@ -158,6 +160,7 @@ def choose_from_routes(
     mine = {"seconds": result.seconds, "n_train": result.n_train} if chosen == STATIC else provenance["result"]
     routing_of(model).provenance = {**provenance, "result": {**mine, "choice": choice}}
     save(model, out)
+    kept.unlink(missing_ok=True)
     return result
 
 

@@ -13,20 +13,23 @@ other: a step is taken where what was chosen gains beyond the noise on the promp
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynadepth.errors import DataError
 from dynadepth.methods import StaticConfig
 from dynadepth.route_file import PromptRoutes, RouteFile
 from dynadepth.search.answers import logistic
+from dynadepth.search.journal import Journal, Key
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import Question
-from dynadepth.search.replay import Key, leads, questions_of
+from dynadepth.search.replay import leads, questions_of
 from dynadepth.search.tree import Counts, Move, TreeSettings, made
 from dynadepth.statistics import standard_error
 
@@ -44,6 +47,9 @@ SKIPS, REPEATS = 4, 3
 
 SELECTION = {"prompts": PROMPTS, "skips": SKIPS, "repeats": REPEATS, "beyond": BEYOND}
 """What the choice depends on beside the file, the model and the seed."""
+
+KEPT = "static-route.jsonl"
+"""File of what ran, in the folder that the route is to be saved in."""
 
 Progress = Callable[[str], object]
 
@@ -83,12 +89,14 @@ def best_static(
     *,
     among: Collection[Key] | None = None,
     seed: int = 0,
+    kept: Path | None = None,
     progress: Progress | None = None,
 ) -> StaticRoute:
     """The route that gives the prompts of a file the highest mean reward, running no more layers than the dense one.
 
-    `among`: the prompts to use (all, `PROMPTS` at most). Routes are those that the file's search allows. `progress` is
-    given lines. Raises `DataError` for a file with fewer than two multiple-choice prompts.
+    `among`: the prompts to use (all, `PROMPTS` at most). Routes are those that the file's search allows. `kept`: a file
+    for what ran, from which an interrupted choice goes on; it is the caller's to remove. `progress` is given lines.
+    Raises `DataError` for a file with fewer than two multiple-choice prompts.
     """
     questions = questions_of(file, tokenizer)
     if among is not None:
@@ -99,7 +107,9 @@ def best_static(
             f"{len(file.prompts)} prompts are to be used: search more of them."
         )
     settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
-    trial = _Trial(LayerRunner(model), questions, seed, progress)
+    depends = {"model": file.header.model, "dtype": str(getattr(model, "dtype", None)), "seed": seed, **SELECTION}
+    depends |= {"search": file.header.search, "prompts": hashlib.sha256(repr(sorted(questions)).encode()).hexdigest()}
+    trial = _Trial(LayerRunner(model), questions, Journal(kept, depends), seed, progress)
     halves = trial.keys[::2], trial.keys[1::2]
     prompts = {(prompt.source, prompt.id): prompt for prompt in file.prompts}
     moves = [ranked_moves(prompts[key] for key in half) for half in halves]
@@ -175,11 +185,16 @@ class _Trial:
     """Routes run on prompts, each pair once."""
 
     def __init__(
-        self, runner: LayerRunner, questions: Mapping[Key, Question], seed: int, progress: Progress | None
+        self,
+        runner: LayerRunner,
+        questions: Mapping[Key, Question],
+        journal: Journal,
+        seed: int,
+        progress: Progress | None,
     ) -> None:
         keys = sorted(questions)
         random.Random(seed).shuffle(keys)
-        self.runner, self.questions, self.progress = runner, questions, progress
+        self.runner, self.questions, self.journal, self.progress = runner, questions, journal, progress
         self.keys = keys[:PROMPTS]
         self.stage = ""
         self._leads: dict[tuple[Key, Counts], float] = {}
@@ -222,4 +237,4 @@ class _Trial:
             if self.progress is not None:
                 self.progress(f"{self.stage}: {len(routes)} routes on {done} of {total} prompts")
 
-        self._leads |= leads(self.runner, {key: self.questions[key] for key in wanted}, wanted, told)
+        self._leads |= leads(self.runner, {key: self.questions[key] for key in wanted}, wanted, told, self.journal)
