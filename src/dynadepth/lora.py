@@ -97,6 +97,7 @@ class LoraSettings:
             lora_dropout=self.dropout,
             target_modules=list(self.modules or known),
             task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(m, Conv1D) for layer in decoder_layers(model) for m in layer.modules()),
             base_model_name_or_path=getattr(model.config, "_name_or_path", None) or None,
         )
 

@@ -85,6 +85,13 @@ def _gpt_neox(parallel: bool) -> PreTrainedModel:
     return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**config, use_parallel_residual=parallel))
 
 
+def _gpt2() -> PreTrainedModel:
+    shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_inner": 48, "n_positions": 128}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    others = {name: value for name, value in COMMON.items() if name.endswith(("token_id", "vocab_size"))}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**others, **shape, **dropout, tie_word_embeddings=False))
+
+
 def _granite() -> PreTrainedModel:
     config = hf.GraniteConfig(
         **COMMON, residual_multiplier=0.4, attention_multiplier=0.3, embedding_multiplier=0.5, logits_scaling=0.5
@@ -125,6 +132,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "smollm3": _smollm3,
     "gpt_neox": lambda: _gpt_neox(parallel=True),
     "gpt_neox_serial": lambda: _gpt_neox(parallel=False),
+    "gpt2": _gpt2,
     "granite": _granite,
     "mixtral": _mixtral,
     "olmoe": _olmoe,
@@ -153,8 +161,9 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> None:
             # Embeddings [V, D] as they are; linear weights [out, in], and gpt-oss's experts [E, in, out], by their
             # fan-in.
             fan_in = parameter.shape[1] if parameter.dim() == 3 else parameter.shape[-1]
-            parameter.copy_(noise if "embed" in name else noise / fan_in**0.5)
-        elif name.endswith("norm.weight"):
+            embeds = any(part in name for part in ("embed", "wte", "wpe"))
+            parameter.copy_(noise if embeds else noise / fan_in**0.5)
+        elif name.endswith("norm.weight") or (".ln_" in name and name.endswith("weight")):
             parameter.copy_(1 + 0.3 * noise)
         else:
             parameter.copy_(0.3 * noise)

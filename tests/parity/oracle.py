@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 def layers_of(model: Any) -> nn.ModuleList:
     decoder = model.get_decoder()
-    return decoder.layers
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    return layer.attention if hasattr(layer, "attention") else layer.self_attn
+    return next(getattr(layer, name) for name in ("self_attn", "attention", "attn") if hasattr(layer, name))
 
 
 def module_of(layer: nn.Module, target: str) -> nn.Module:
@@ -127,8 +127,8 @@ def reference(bare: Any, cell: Any, given: dict[Any, Tensor], batch: dict[str, T
         replaced = None
         if cell.skip_path == "linear":
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            # no norm before the sublayer: the layer has none of that name, or it is the block itself
-            unit = cell.target == "block" or not hasattr(layer, "input_layernorm")
+            # no norm before the sublayer: the layer has none of these names, or it is the block itself
+            unit = cell.target == "block" or not (hasattr(layer, "input_layernorm") or hasattr(layer, "ln_1"))
             replaced = partial(surrogate, site.layer, real=real, unit=unit)
         inputs: dict[str, Tensor] = {}
         hooks.append(module.register_forward_pre_hook(_note(inputs), with_kwargs=True, prepend=True))

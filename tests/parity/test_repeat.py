@@ -200,6 +200,7 @@ def test_prompts_of_one_token(name: str, side: str) -> None:
     model, batch = routed(name), inputs(side)
     first = batch["attention_mask"][0].nonzero().flatten()
     batch["attention_mask"][0, first[:-1] if side == "left" else first[1:]] = 0
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # GPT-2's are absolute
     with torch.no_grad():
         together = model(**batch)
         for row in range(BATCH):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import dynadepth
 from dynadepth.architectures import spec_for
@@ -38,7 +39,7 @@ def tokens_through(module: nn.Module) -> Iterator[Counter[str]]:
     matrices = {
         name: part
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) or any(p.dim() == 3 for p in part.parameters(recurse=False))
+        if isinstance(part, nn.Linear | Conv1D) or any(p.dim() == 3 for p in part.parameters(recurse=False))
     }
     assert matrices
     handles = [part.register_forward_pre_hook(counter(name)) for name, part in matrices.items()]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynadepth import attach, detach, is_attached, load, recording, routing_of, set_budget
 from dynadepth.errors import BudgetError, ConfigError, TuningError
@@ -286,6 +287,31 @@ def test_kl_loss_is_zero_where_everything_executes():
     model = attach(tiny(), MindSkipConfig(layers="all", penalty=0.0)).train()
     loss, _ = kl_loss(model, Collator(0)(examples(4)), None)
     assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_frozen_backbone_drops_nothing(tmp_path, monkeypatch):
+    """A teacher and a student that drop different units are apart where everything executes."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
+    dropped = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropped, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    step, losses = RouterTrainer.compute_loss, []
+
+    def everything_executes(self, model, *args, **kwargs):
+        for router in routing_of(model).routers().values():
+            router.threshold.fill_(float("-inf"))
+        loss = step(self, model, *args, **kwargs)
+        losses.append(loss.item())
+        routers = routing_of(model).routers().values()
+        assert all(router.training for router in routers)
+        assert model.training
+        return loss
+
+    monkeypatch.setattr(RouterTrainer, "compute_loss", everything_executes)
+    recipe = dataclasses.replace(LINEAR, controller="none", budgets=(), lora={"rank": 2}, max_steps=3)
+    tune(model, Tokenizer(), examples(), recipe, out=tmp_path)
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(0, abs=1e-5)
 
 
 def test_what_cannot_be_tuned_is_said(tmp_path):

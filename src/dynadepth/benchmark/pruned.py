@@ -29,6 +29,7 @@ from dynadepth.cost import PARTS
 from dynadepth.errors import ConfigError
 from dynadepth.model import detach
 from dynadepth.routed import is_attached, unwrapped
+from dynadepth.routing.call import names_of
 from dynadepth.routing.decision import Site
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,7 +91,8 @@ def pruned_twin(model: PreTrainedModel, skipped: Collection[Site], repeated: Col
             entries.append([again])
             kept.append(index)
 
-    merged = [modules[0] if len(modules) == 1 else _Sequence(modules) for modules in entries]
+    places = names_of(layers[0].forward)
+    merged = [modules[0] if len(modules) == 1 else _Sequence(modules, places) for modules in entries]
     del layers[:]
     layers.extend(merged)
     # Without any attention one entry is left: it needs some type, and its place in the cache is never filled.
@@ -107,13 +109,17 @@ class _Residual(nn.Module):
         norms: tuple[nn.Module | None, nn.Module | None],
         scale: float | None,
         in_context: bool,
+        names: list[str],
     ) -> None:
         super().__init__()
+        self.names = names
         self.pre, self.post = norms
         self.sublayer, self.scale, self.in_context = sublayer, scale, in_context
 
-    def forward(self, hidden_BTD: Tensor, **context: Any) -> Tensor:
-        """`context` (masks, positions, cache) is the decoder layer's; an attention gets it, an MLP does not."""
+    def forward(self, hidden_BTD: Tensor, *places: Any, **context: Any) -> Tensor:
+        """`context` (masks, positions, cache) is the decoder layer's; an attention gets it, an MLP does not. `places`:
+        what of it comes by place, called `names`."""
+        context |= dict(zip(self.names, places, strict=False))
         output = hidden_BTD if self.pre is None else self.pre(hidden_BTD)
         output = self.sublayer(output, **context) if self.in_context else self.sublayer(output)
         if isinstance(output, tuple):  # attention weights, or the scores of a mixture of experts
@@ -128,11 +134,12 @@ class _Residual(nn.Module):
 class _Sequence(nn.Module):
     """Modules with a decoder layer's signature, run one after the other; none at all is the identity."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], names: list[str]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(modules)
+        self.parts, self.names = nn.ModuleList(modules), names
 
-    def forward(self, hidden_BTD: Tensor, **context: Any) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, *places: Any, **context: Any) -> Tensor:
+        context |= dict(zip(self.names, places, strict=False))
         for part in self.parts:
             hidden_BTD = part(hidden_BTD, **context)
         return hidden_BTD
@@ -153,15 +160,16 @@ def _what_remains(layer: nn.Module, spec: ArchitectureSpec, has_attention: bool,
     if has_attention and has_mlp:
         return [layer]
     scale = getattr(layer, spec.residual_scale) if spec.residual_scale else None
+    names = names_of(layer.forward)
 
     def norms(names: tuple[str | None, str | None]) -> tuple[nn.Module | None, nn.Module | None]:
         pre, post = (None if name is None else getattr(layer, name) for name in names)
         return pre, post
 
     if has_attention:
-        return [_Residual(getattr(layer, spec.attention), norms(spec.attention_norms), scale, in_context=True)]
+        return [_Residual(getattr(layer, spec.attention), norms(spec.attention_norms), scale, True, names)]
     if has_mlp:
-        return [_Residual(getattr(layer, spec.mlp), norms(spec.mlp_norms), scale, in_context=False)]
+        return [_Residual(getattr(layer, spec.mlp), norms(spec.mlp_norms), scale, False, names)]
     return []
 
 

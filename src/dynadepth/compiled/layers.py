@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import _active_collector
 from dynadepth.compiled.kernel import MOST_ROWS
 from dynadepth.compiled.twins import PLAN, Origin, Parted, Skipped, StepStore, obstacle, twin_of
 from dynadepth.routing.cache import RoutedCache
-from dynadepth.routing.call import CACHE_NAMES
+from dynadepth.routing.call import CACHE_NAMES, named
 from dynadepth.routing.context import ForwardContext, current
 from dynadepth.routing.experts import WatchedGate
 from dynadepth.routing.roomy import ROOMY, Room
@@ -177,7 +177,7 @@ class Plan:
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """The layer's output in a tuple, or None where the ordinary way has to be taken."""
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if len(args) > 1 or self.steps.failed or not isinstance(hidden, Tensor):
+        if self.steps.failed or not isinstance(hidden, Tensor):
             return None
         if not self.origin.holds(layer, thoroughly=hidden.shape[1] != 1):  # several tokens: a prefill, before any step
             self.make_twins(layer)
@@ -306,5 +306,6 @@ class CompiledLayer:
     compiled_plan: Plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = named(super().forward, args, kwargs)  # type: ignore[misc]  # mixed into a layer's class
         output = None if self.training else self.compiled_plan.run(self, args, kwargs)  # type: ignore[arg-type,attr-defined]  # mixed into a layer's class
         return super().forward(*args, **kwargs) if output is None else output[0]  # type: ignore[misc]  # mixed into a layer's class

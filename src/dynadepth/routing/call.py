@@ -5,7 +5,9 @@ Nothing here knows an architecture: tensors are recognised by shape (`[B or 1, T
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -85,3 +87,21 @@ class SublayerCall:
         """The same call writing its keys and values to `cache`."""
         name = next((name for name in CACHE_NAMES if name in self.kwargs), CACHE_NAMES[0])
         return SublayerCall(self.forward, self.args, {**self.kwargs, name: cache})
+
+
+def named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """The arguments of a bound forward, all but the first by name (GPT-2's decoder gives its layers some by place)."""
+    if len(args) > 1:
+        kwargs = {**dict(zip(names_of(forward), args[1:], strict=False)), **kwargs}
+    return args[:1], kwargs
+
+
+def names_of(forward: Callable[..., Any]) -> list[str]:
+    """Of the arguments of a bound forward behind the first."""
+    method = getattr(forward, "__func__", None)
+    return _parameters(forward)[1:] if method is None else _parameters(method)[2:]
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)

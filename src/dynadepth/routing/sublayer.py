@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynadepth.routing.call import SublayerCall
+from dynadepth.routing.call import SublayerCall, named
 from dynadepth.routing.context import ForwardContext, Injection, current
 from dynadepth.routing.decision import RoutingDecision, Site
 from dynadepth.routing.granularity import Granularity
@@ -220,7 +220,7 @@ class RoutedSublayer:
         if state.site in context.idle:
             context.trace.routes[state.site] = context.book.routes[state.site]
             return state.idle(args[0] if args else kwargs["hidden_states"], context)
-        return state.granularity.run(state, SublayerCall(base, args, kwargs), context)
+        return state.granularity.run(state, SublayerCall(base, *named(base, args, kwargs)), context)
 
 
 class RoutedNorm:

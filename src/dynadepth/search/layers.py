@@ -25,6 +25,7 @@ from dynadepth.architectures import decoder_layers, decoder_of
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation.scoring import Scorer, States
 from dynadepth.routed import is_attached
+from dynadepth.routing.call import named
 from dynadepth.search.rows import Row, by_position, rows_of
 from dynadepth.search.tree import Counts
 
@@ -63,7 +64,6 @@ class LayerRunner:
         self._tuples = self._gives_tuples()
         self._rows: list[Row] = []
         self._kwargs: list[dict[str, Any]] = []  # by layer, for the positions of all prompts: [P, T, ..]
-        self._args: list[tuple[Any, ...]] = []
         self._entered: list[Tensor] = []  # [T, D] of each prompt
         self._kept: OrderedDict[_Node, Tensor] = OrderedDict()
         self._bytes = 0
@@ -98,16 +98,15 @@ class LayerRunner:
                 made[id(value)] = by_position(value, length, positions_PT, allowed_PTT)
             return made[id(value)]
 
-        self._args = [tuple(map(looked_up, args)) for args, _ in calls]
-        self._kwargs = [{name: looked_up(value) for name, value in kwargs.items()} for _, kwargs in calls]
+        self._kwargs = [{name: looked_up(value) for name, value in kwargs.items()} for kwargs in calls]
         self._entered = list(self._enter(ids_PT, positions_PT))
 
-    def _calls(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _calls(self, length: int) -> list[dict[str, Any]]:
         """What each layer is given beside its hidden states in a plain forward of `length` tokens, batch 2."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[dict[str, Any]] = []
 
-        def note(_: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            calls.append((args, kwargs))
+        def note(_: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+            calls.append(kwargs)
             return hidden
 
         ids = torch.ones((2, length), dtype=torch.long, device=self.model.device)
@@ -115,7 +114,7 @@ class LayerRunner:
         mask[1, 0] = 0  # with padding the masks are made, where they might be left to the kernel
         with self._replaced(note):
             decoder_of(self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
-        if any(getattr(kwargs.get("attention_mask"), "ndim", 0) != 4 for _, kwargs in calls):
+        if any(getattr(kwargs.get("attention_mask"), "ndim", 0) != 4 for kwargs in calls):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} gives its layers no mask of queries by keys, which the search needs: "
                 "load it with attn_implementation='sdpa' or 'eager'."
@@ -170,8 +169,7 @@ class LayerRunner:
             uses[parent] -= 1
             if not uses[parent]:
                 del live[parent]
-        args, kwargs = (rows_of(values, prompts_N) for values in (self._args[layer], self._kwargs[layer]))
-        output = self.layers[layer](hidden_NTD, *args, **kwargs)
+        output = self.layers[layer](hidden_NTD, **rows_of(self._kwargs[layer], prompts_N))
         for node, state_TD in zip(nodes, output[0] if isinstance(output, tuple) else output, strict=True):
             self.executions[node[0]] += 1
             live[node] = state_TD.clone()  # a view would keep the whole batch
@@ -195,20 +193,21 @@ class LayerRunner:
             return self._scorer(ids_NQ, torch.ones_like(ids_NQ, dtype=torch.bool), None)
 
     @contextmanager
-    def _replaced(self, give: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Inside, each layer returns `give(number, hidden states, its other arguments ..)` instead of running."""
+    def _replaced(self, give: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Inside, each layer returns `give(number, hidden states, its other arguments)` instead of running."""
         before = [vars(layer).get("forward") for layer in self.layers]  # accelerate's hooks put one on the instance
 
-        def stub(number: int) -> Callable[..., Any]:
+        def stub(number: int, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                output = give(number, hidden_states, args, kwargs)
+                _, named_kwargs = named(own, (hidden_states, *args), kwargs)
+                output = give(number, hidden_states, named_kwargs)
                 return (output,) if self._tuples else output
 
             return forward
 
         try:
             for number, layer in enumerate(self.layers):
-                layer.forward = stub(number)
+                layer.forward = stub(number, type(layer).forward.__get__(layer))
             yield
         finally:
             for layer, own in zip(self.layers, before, strict=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from dynadepth.architectures import decoder_layers, decoder_of
 from dynadepth.errors import DataError, TuningError
 from dynadepth.model import save
 from dynadepth.records import read_json, write_json
@@ -59,6 +61,8 @@ class RouterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if model.training:
+            rest_backbone(self.model)
         loss, outputs = OBJECTIVES[self.recipe.objective](self.model, inputs, num_items_in_batch, self.recipe.kl_share)
         if torch.is_grad_enabled() and not loss.requires_grad:
             loss.requires_grad_()  # frozen routers let everything execute: nothing to learn in this step
@@ -116,6 +120,19 @@ class RouterTrainer(Trainer):
             leg = read_json(Path(resume_from_checkpoint) / LEG)
             self.before, self.losses = float(leg["seconds"]), [float(loss) for loss in leg["losses"]]
         restore_from(self.model, Path(resume_from_checkpoint))
+
+
+def rest_backbone(model: nn.Module) -> None:
+    """Dropout and the like of the frozen sublayers as at inference: a teacher and a student that drop different units
+    are apart before anything is skipped. What is tuned keeps its mode, and so do the model and its layers, which
+    gradient checkpointing asks."""
+    base = unwrapped(model)
+    for module in base.modules():
+        module.training = False
+    tuned = [*routing_of(model).routers().values(), *routing_of(model).paths().values()]
+    tuned += [part for name, part in base.named_modules() if "lora_" in name.rpartition(".")[2]]
+    for module in chain((base, decoder_of(base), *decoder_layers(base)), *(part.modules() for part in tuned)):
+        module.training = True
 
 
 class _Phases(TrainerCallback):
