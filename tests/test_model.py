@@ -167,11 +167,11 @@ def test_what_attach_refuses() -> None:
 
 
 def test_unsupported_architectures_say_what_was_looked_for() -> None:
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30))
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=30))
     with pytest.raises(
-        UnsupportedModelError, match=r"GPT2LMHeadModel cannot be routed.*'layers'.*dynadepth/architectures"
+        UnsupportedModelError, match=r"BloomForCausalLM cannot be routed.*'layers'.*dynadepth/architectures"
     ):
-        attach(gpt2, MindSkipConfig())
+        attach(bloom, MindSkipConfig())
     with torch.device("meta"):
         hollow = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
     with pytest.raises(UnsupportedModelError, match=r"no weights yet.*load them before"):

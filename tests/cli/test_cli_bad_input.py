@@ -61,16 +61,18 @@ def test_unknown_model_names_the_near_ones(refused):
 
 
 def test_unsupported_architecture(refused, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2))
+    model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=8, n_layer=2, n_head=2))
     shutil.copytree(
-        save_model(tmp_path / "llama"), tmp_path / "gpt2", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+        save_model(tmp_path / "llama"),
+        tmp_path / "bloom",
+        ignore=shutil.ignore_patterns("config.json", "*.safetensors"),
     )
-    model.save_pretrained(tmp_path / "gpt2")
+    model.save_pretrained(tmp_path / "bloom")
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "why", "completion": " the sky"}\n' * 4, encoding="utf-8")
-    assert "GPT2" in refused("tune", tmp_path / "gpt2", "--out", tmp_path / "out", "--data", data)
+    assert "Bloom" in refused("tune", tmp_path / "bloom", "--out", tmp_path / "out", "--data", data)
 
 
 def test_routers_of_another_model_name_both(refused, routers_folder, tmp_path):

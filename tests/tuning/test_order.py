@@ -36,9 +36,13 @@ def fitted(texts):
 
 def lost(model, texts, skipped):
     """KL of a route in nats a token, from plain forwards of one long held-out window after the other."""
+    return lost_on(model, joined((e.input_ids for e in texts[:HELD]), 128, orders.DAMAGE_WINDOWS), skipped)
+
+
+def lost_on(model, windows, skipped):
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for ids in joined((e.input_ids for e in texts[:HELD]), 128, orders.DAMAGE_WINDOWS):
+        for ids in windows:
             with disabled(model):
                 dense = model(torch.tensor([ids])).logits.log_softmax(-1)
             with fixed_routes(model, {site: site.layer not in skipped for site in routing_of(model).sites}):
@@ -92,8 +96,51 @@ def test_routers_start_from_it(tmp_path):
     assert in_order(biases) == routing_of(static).config.order
 
 
+class Reader(Tokenizer):
+    """Reads a text as one token a character."""
+
+    def __call__(self, text, verbose):
+        return {"input_ids": [2 + ord(letter) % 60 for letter in text]}
+
+
+@pytest.mark.parametrize("losses", [(1.0, 2.0), (2.0, 1.0)])
+def test_auto_is_the_order_that_loses_less(tmp_path, monkeypatch, losses):
+    asked = []
+
+    def compared(model, scores, texts):
+        asked.extend([*scores, texts])
+        return losses
+
+    monkeypatch.setattr(orders, "compared", compared)
+    recipe = dataclasses.replace(SHORT, order="auto")
+    result = tune(tiny(), Reader(), examples(n=60), recipe, out=tmp_path, budget=0.5)
+    cosine, damage, texts = asked
+    assert cosine == pytest.approx(scores_of(tiny().eval(), examples(n=60), 0, "attention"))
+    assert in_order(cosine) != in_order(damage), "the test must be able to fail"
+    assert tuple(result.order) == in_order(cosine if losses[0] < losses[1] else damage)
+    assert [len(text) for text in texts] == [128] * orders.LONG_TEXTS, "as much as the model reads"
+
+
+def test_orders_are_compared_by_what_they_skip_together():
+    model, texts = fitted(examples(n=60)), [list(range(2, 62)), list(range(40, 10, -1))]
+    ranked = ([2, 0, 1, 3], [1, 3, 0, 2])
+    scores = [{Site(layer, "attention"): float(rank) for rank, layer in enumerate(order)} for order in ranked]
+
+    def both(*layers):
+        return (lost_on(model, texts, set(layers[:1])) + lost_on(model, texts, set(layers))) / 2
+
+    found = orders.compared(model, scores, texts)
+    assert found == pytest.approx([both(2, 0), both(1, 3)], rel=1e-4)
+
+
+def test_where_tokens_decide_auto_is_one_minus_cosine(tmp_path):
+    recipe = dataclasses.replace(LINEAR, order="auto", max_steps=1, method={**LINEAR.method, "granularity": "token"})
+    result = tune(tiny(), Tokenizer(), examples(n=60), recipe, out=tmp_path, budget=0.5)  # which reads no texts
+    assert tuple(result.order) == in_order(scores_of(tiny().eval(), examples(n=60), 0, "attention"))
+
+
 def test_unknown_and_contradicting_orders():
-    with pytest.raises(ConfigError, match="order must be one of cosine, damage, ranks, not 'greedy'"):
+    with pytest.raises(ConfigError, match="order must be one of cosine, damage, ranks, auto, not 'greedy'"):
         dataclasses.replace(STATIC, order="greedy")
     recipe = dataclasses.replace(STATIC, order="damage", init="zeros", method={"method": "static", "order": (1, 2)})
     with pytest.raises(ConfigError, match=r"order: damage measures an order, and method.order \[1, 2\] gives one"):

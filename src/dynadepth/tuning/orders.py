@@ -1,12 +1,16 @@
 """In which order sublayers are skipped: the one that is missed least goes first.
 
 1 − cosine tells how far a sublayer turns the residual stream, damage how far the model's answers move when it is
-skipped. Neither is the better one of every model and text, nor is the sum of their ranks (benchmarks/frontier).
+skipped. Neither is the better one of every model and text, nor is the sum of their ranks (benchmarks/frontier). Which
+one is better for a model shows where its first sublayers are skipped together on long texts of one piece; short ones
+put end to end do not tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +26,9 @@ WINDOW, WINDOWS = 2048, 16
 DAMAGE_WINDOWS, DAMAGE_STRIDE = 2, 4
 """Held-out windows on which damage is measured, and of whose tokens every so many are compared."""
 
+LONG_TEXTS, SHARES = 2, (0.25, 0.5)
+"""Texts on which two orders are compared, and the shares of the sublayers that are skipped there."""
+
 Scores = dict[Site, float]
 
 
@@ -32,15 +39,40 @@ def scores_by(
     heldout: Sequence[Example],
     pad: int,
     progress: Callable[[int, int], None] | None = None,
+    tokenizer: Any = None,
 ) -> Scores:
     """Importance of the routed sites by one of a recipe's orders: 1 − cosine of the examples, damage of the held-out
-    ones, or the sum of both ranks. `progress` tells of the damage."""
-    if order == "cosine":
+    ones, the sum of both ranks, or (`auto`, which needs the `tokenizer`) whichever of the first two loses less
+    (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of the damage."""
+    if order == "cosine" or (order == "auto" and not routing_of(model).granularity.sticky):
         return _cosine(model, examples, pad)
     windows = prompts_to_batches(_windows(model, heldout, DAMAGE_WINDOWS), pad)
     with torch.no_grad():
         harm = alone(Damage(model, windows, DAMAGE_STRIDE), progress)
-    return harm if order == "damage" else by_rank(_cosine(model, examples, pad), harm)
+    if order == "damage":
+        return harm
+    cosine = _cosine(model, examples, pad)
+    if order == "ranks":
+        return by_rank(cosine, harm)
+    losses = compared(model, [cosine, harm], long_texts(model, tokenizer))
+    return cosine if losses[0] <= losses[1] else harm
+
+
+def compared(model: nn.Module, orders: Sequence[Scores], texts: Sequence[Sequence[int]]) -> list[float]:
+    """KL(dense‖routed) on `texts` of skipping the first sublayers of each order together, with their paths in place:
+    the mean over `SHARES` of the sites."""
+    with torch.no_grad():
+        damage = Damage(model, prompts_to_batches(texts, 0, batch_size=1), DAMAGE_STRIDE)
+        counts = [round(share * len(damage.sites)) for share in SHARES]
+        ranked = [sorted(scores, key=lambda site: (scores[site], site)) for scores in orders]
+        return [sum(damage.of(order[:count]) for count in counts) / len(counts) for order in ranked]
+
+
+def long_texts(model: nn.Module, tokenizer: Any) -> list[list[int]]:
+    """The longest topics of Python's own help, as long as windows are (or the model reads)."""
+    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    chosen = sorted(topics.values(), key=len, reverse=True)[:LONG_TEXTS]
+    return [tokenizer(text[: 8 * WINDOW], verbose=False)["input_ids"][: min(WINDOW, positions)] for text in chosen]
 
 
 def by_rank(cosine: Mapping[Site, float], harm: Mapping[Site, float]) -> Scores:

@@ -120,7 +120,7 @@ def tune(
     overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
     attach(model, recipe.config(**overrides))
     try:
-        start = _start(model, pad_token_id(tokenizer), examples, recipe, budget, overrides, out, seed, resume, progress)
+        start = _start(model, tokenizer, examples, recipe, budget, overrides, out, seed, resume, progress)
     except BaseException:
         detach(model)
         raise
@@ -169,7 +169,7 @@ def tune(
 
 def _start(
     model: nn.Module,
-    pad: int,
+    tokenizer: Any,
     examples: Sequence[Example],
     recipe: Recipe,
     budget: float | None,
@@ -182,6 +182,7 @@ def _start(
     if recipe.lora:
         torch.manual_seed(seed)
         add_lora(model, LoraSettings.from_dict(recipe.lora))
+    pad = pad_token_id(tokenizer)
     budget, keep = state_budget(model, recipe, budget, overrides)
     check_learnable(model, recipe)
     routing = routing_of(model)
@@ -209,7 +210,7 @@ def _start(
         budgets.check_prompts(model, prompts, len(shares))
     began, kept = time.monotonic(), kept_start(model, out) if resume else None
     if kept is None:
-        measured = _measure(model, pad, examples, heldout, training, recipe, progress)
+        measured = _measure(model, tokenizer, examples, heldout, training, recipe, progress)
     else:
         measured = kept[0]
     torch.manual_seed(seed)
@@ -225,7 +226,7 @@ def _start(
 
 def _measure(
     model: nn.Module,
-    pad: int,
+    tokenizer: Any,
     examples: Sequence[Example],
     heldout: list[Example],
     training: list[Example],
@@ -233,9 +234,10 @@ def _measure(
     progress: Progress | None,
 ) -> Measured:
     """Fits the skip paths, and measures what the recipe's order needs."""
+    pad = pad_token_id(tokenizer)
     explained = fit(model, training, pad, _stage(progress, "fit"))
     stage = _stage(progress, "importance by removal")
-    return Measured(scores_by(model, recipe.order, examples, heldout, pad, stage), explained)
+    return Measured(scores_by(model, recipe.order, examples, heldout, pad, stage, tokenizer), explained)
 
 
 def _train(
