@@ -28,6 +28,8 @@ DAMAGE_WINDOWS, DAMAGE_STRIDE = 2, 4
 
 LONG_TEXTS, SHARES = 2, (0.25, 0.5)
 """Texts on which two orders are compared, and the shares of the sublayers that are skipped there."""
+CLEARLY = 0.9
+"""Of the loss of 1 − cosine, what damage must stay below to be taken: two texts do not tell apart what is nearer."""
 
 Scores = dict[Site, float]
 
@@ -42,8 +44,8 @@ def scores_by(
     tokenizer: Any = None,
 ) -> Scores:
     """Importance of the routed sites by one of a recipe's orders: 1 − cosine of the examples, damage of the held-out
-    ones, the sum of both ranks, or (`auto`, which needs the `tokenizer`) whichever of the first two loses less
-    (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of the damage."""
+    ones, the sum of both ranks, or (`auto`, which needs the `tokenizer`) 1 − cosine unless damage clearly
+    loses less (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of the damage."""
     if order == "cosine" or (order == "auto" and not routing_of(model).granularity.sticky):
         return _cosine(model, examples, pad)
     windows = prompts_to_batches(_windows(model, heldout, DAMAGE_WINDOWS), pad)
@@ -55,7 +57,7 @@ def scores_by(
     if order == "ranks":
         return by_rank(cosine, harm)
     losses = compared(model, [cosine, harm], long_texts(model, tokenizer))
-    return cosine if losses[0] <= losses[1] else harm
+    return harm if losses[1] < CLEARLY * losses[0] else cosine
 
 
 def compared(model: nn.Module, orders: Sequence[Scores], texts: Sequence[Sequence[int]]) -> list[float]:

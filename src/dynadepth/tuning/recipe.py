@@ -35,8 +35,8 @@ class Recipe:
     order: str = "cosine"
     """What orders the sublayers for `init: importance` and static routes. `cosine`: 1 − cosine of the residual stream;
     `damage`: KL(dense‖routed) on held-out text when each is skipped alone, its fitted skip path in place
-    (`removal.alone`); `ranks`: the sum of both ranks; `auto`: `cosine` or `damage`, whichever loses less where its
-    first sublayers are skipped together (`orders.py`)."""
+    (`removal.alone`); `ranks`: the sum of both ranks; `auto`: `cosine`, unless `damage` clearly loses less
+    where its first sublayers are skipped together (`orders.py`)."""
     init: str = "zeros"
     """`zeros`, or `importance`: biases start from `order`'s scores, so that tuning starts at the static route; of a
     static route without an order, the scores are its order; routers of tokens start from what skipping each token would
