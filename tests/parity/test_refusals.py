@@ -112,8 +112,8 @@ def test_hybrid_models_name_the_layer_without_attention() -> None:
 
 
 def test_models_with_parts_of_other_names() -> None:
-    config = hf.GPT2Config(vocab_size=97, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
-    refuse(hf.GPT2LMHeadModel(config), MindSkipConfig(), "'layers'", "dynadepth/architectures")
+    config = hf.BloomConfig(vocab_size=97, hidden_size=WIDTH, n_layer=2, n_head=4)
+    refuse(hf.BloomForCausalLM(config), MindSkipConfig(), "'layers'", "dynadepth/architectures")
 
 
 def test_models_without_weights() -> None:

@@ -220,7 +220,9 @@ class RoutedSublayer:
         if state.site in context.idle:
             context.trace.routes[state.site] = context.book.routes[state.site]
             return state.idle(args[0] if args else kwargs["hidden_states"], context)
-        return state.granularity.run(state, SublayerCall(base, *named(base, args, kwargs)), context)
+        if state.target.keeps_kv:  # masks and caches are looked for by name
+            args, kwargs = named(base, args, kwargs)
+        return state.granularity.run(state, SublayerCall(base, args, kwargs), context)
 
 
 class RoutedNorm:
