@@ -21,6 +21,7 @@ from dynadepth.errors import ConfigError, UnsupportedCacheError, UnsupportedMode
 from dynadepth.lora import LoraSettings
 from dynadepth.model import add_lora
 from dynadepth.routing import roomy
+from parity.models import tiny
 from small import ALL, FAMILIES, alone, bare, ids, mixed, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -89,6 +90,24 @@ def test_one_route_for_all_rows(family: str, skip_path: str, uncompiled: type[Co
         same(answer(model, batch), expected)
     assert uncompiled.runs - before == 7 * len(ALL)
     assert record.keep_ratio("decode").routed == 0.5
+
+
+@PATH
+def test_layers_that_are_called_by_place(skip_path: str, uncompiled: type[Counting]) -> None:
+    """GPT-2's: cache and mask have no names in the call."""
+    model, batch = tiny("gpt2"), ragged((3, 7, 5))
+    dense = answer(model, batch)
+    dynadepth.compile(model)
+    before = uncompiled.runs
+    same(answer(model, batch), dense)
+    assert uncompiled.runs - before == 7 * len(ALL)
+    model = dynadepth.attach(tiny("gpt2"), dynadepth.MindSkipConfig(layers="all", skip_path=skip_path, skip_rank=4))
+    with fixed_routes(model, EVEN):
+        expected = answer(model, batch)
+        dynadepth.compile(model)
+        before = uncompiled.runs
+        same(answer(model, batch), expected)
+    assert uncompiled.runs - before == 7 * len(ALL)
 
 
 @FAMILY

@@ -185,18 +185,21 @@ class TestInterrupted:
         assert self.counted(monkeypatch) == []
         assert best_static(*searched, kept=kept) == expected
 
-    @pytest.mark.parametrize("what", ["seed", "file", "among"])
+    @pytest.mark.parametrize("what", ["seed", "file", "text", "among"])
     def test_what_depends_on_other_settings_is_run_again(self, searched, tmp_path, monkeypatch, what):
         model, tokenizer, file = searched
         kept = tmp_path / "ran.jsonl"
         best_static(model, tokenizer, file, kept=kept)
         names = {(prompt.source, prompt.id) for prompt in file.prompts[:30]}
         other = replace(file, header=replace(file.header, model={**file.header.model, "fingerprint": "another"}))
-        changed = {"seed": {"seed": 1}, "file": {}, "among": {"among": names}}[what]
+        first, *others = file.prompts
+        reworded = replace(file, prompts=[replace(first, prompt=f"{first.prompt} the"), *others])
+        given = {"file": other, "text": reworded}.get(what, file)
+        changed = {"seed": {"seed": 1}, "among": {"among": names}}.get(what, {})
         expected = self.counted(monkeypatch)
-        best_static(model, tokenizer, file, **changed)
+        best_static(model, tokenizer, given, **changed)
         ran = self.counted(monkeypatch)
-        best_static(model, tokenizer, other if what == "file" else file, kept=kept, **changed)
+        best_static(model, tokenizer, given, kept=kept, **changed)
         assert ran == expected
 
 

@@ -109,17 +109,17 @@ class _Residual(nn.Module):
         norms: tuple[nn.Module | None, nn.Module | None],
         scale: float | None,
         in_context: bool,
-        names: list[str],
+        places: list[str],
     ) -> None:
         super().__init__()
-        self.names = names
+        self.places = places
         self.pre, self.post = norms
         self.sublayer, self.scale, self.in_context = sublayer, scale, in_context
 
-    def forward(self, hidden_BTD: Tensor, *places: Any, **context: Any) -> Tensor:
-        """`context` (masks, positions, cache) is the decoder layer's; an attention gets it, an MLP does not. `places`:
-        what of it comes by place, called `names`."""
-        context |= dict(zip(self.names, places, strict=False))
+    def forward(self, hidden_BTD: Tensor, *given: Any, **context: Any) -> Tensor:
+        """`context` (masks, positions, cache) is the decoder layer's; an attention gets it, an MLP does not. `given`:
+        what of it comes by place, whose names are `places`."""
+        context |= dict(zip(self.places, given, strict=False))
         output = hidden_BTD if self.pre is None else self.pre(hidden_BTD)
         output = self.sublayer(output, **context) if self.in_context else self.sublayer(output)
         if isinstance(output, tuple):  # attention weights, or the scores of a mixture of experts
@@ -134,12 +134,12 @@ class _Residual(nn.Module):
 class _Sequence(nn.Module):
     """Modules with a decoder layer's signature, run one after the other; none at all is the identity."""
 
-    def __init__(self, modules: Sequence[nn.Module], names: list[str]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], places: list[str]) -> None:
         super().__init__()
-        self.parts, self.names = nn.ModuleList(modules), names
+        self.parts, self.places = nn.ModuleList(modules), places
 
-    def forward(self, hidden_BTD: Tensor, *places: Any, **context: Any) -> Tensor:
-        context |= dict(zip(self.names, places, strict=False))
+    def forward(self, hidden_BTD: Tensor, *given: Any, **context: Any) -> Tensor:
+        context |= dict(zip(self.places, given, strict=False))
         for part in self.parts:
             hidden_BTD = part(hidden_BTD, **context)
         return hidden_BTD
@@ -160,16 +160,17 @@ def _what_remains(layer: nn.Module, spec: ArchitectureSpec, has_attention: bool,
     if has_attention and has_mlp:
         return [layer]
     scale = getattr(layer, spec.residual_scale) if spec.residual_scale else None
-    names = names_of(layer.forward)
+    places = names_of(layer.forward)
 
     def norms(names: tuple[str | None, str | None]) -> tuple[nn.Module | None, nn.Module | None]:
         pre, post = (None if name is None else getattr(layer, name) for name in names)
         return pre, post
 
     if has_attention:
-        return [_Residual(getattr(layer, spec.attention), norms(spec.attention_norms), scale, True, names)]
+        attention = getattr(layer, spec.attention)
+        return [_Residual(attention, norms(spec.attention_norms), scale, in_context=True, places=places)]
     if has_mlp:
-        return [_Residual(getattr(layer, spec.mlp), norms(spec.mlp_norms), scale, False, names)]
+        return [_Residual(getattr(layer, spec.mlp), norms(spec.mlp_norms), scale, in_context=False, places=places)]
     return []
 
 

@@ -71,8 +71,8 @@ def giving(model: nn.Module, routes: Mapping[Prompt, Route], default: Route | No
 def giving_positions(model: nn.Module, shares: Mapping[Site, float]) -> Iterator[None]:
     """Inside the block the share `shares[site]` of the positions executes at each site, whatever the tokens are there.
 
-    Position p executes where the fractional part of (p + 1) · φ + layer · √2, φ the golden ratio, is below the share:
-    evenly spread at every site, and elsewhere at every one. Padding has no position.
+    Position p, counted from 1, executes where the fractional part of p · φ + layer · √2, φ the golden ratio, is below
+    the share: evenly spread at every site, and elsewhere at every one. Padding has no position.
     """
     routing = routing_of(model)
     decisions: dict[Site, Injection] = dict.fromkeys(shares, True)
@@ -83,10 +83,10 @@ def giving_positions(model: nn.Module, shares: Mapping[Site, float]) -> Iterator
         ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if mask is None:
             past = cache.seen if isinstance(cache, RoutedCache) else 0
-            number = torch.arange(past + 1, past + 1 + ids.shape[1], device=ids.device).expand_as(ids)
+            number = torch.arange(past + 1, past + 1 + ids.shape[1]).expand(ids.shape)
         else:
             number = mask.long().cumsum(1)[:, -ids.shape[1] :]
-        turns = number.double() * GOLDEN
+        turns = number.cpu().double() * GOLDEN  # not every device has float64
         decisions.update({site: (turns + site.layer * ROOT) % 1 < share for site, share in shares.items()})
 
     decoder = decoder_of(unwrapped(model))  # prompts are also read without the head

@@ -108,7 +108,8 @@ def best_static(
         )
     settings = TreeSettings(**{name: file.header.search[name] for name in ("max_consecutive_skips", "repeats")})
     depends = {"model": file.header.model, "dtype": str(getattr(model, "dtype", None)), "seed": seed, **SELECTION}
-    depends |= {"search": file.header.search, "prompts": hashlib.sha256(repr(sorted(questions)).encode()).hexdigest()}
+    asked = repr(sorted(questions.items())).encode()
+    depends |= {"search": file.header.search, "prompts": hashlib.sha256(asked).hexdigest()}
     trial = _Trial(LayerRunner(model), questions, Journal(kept, depends), seed, progress)
     halves = trial.keys[::2], trial.keys[1::2]
     prompts = {(prompt.source, prompt.id): prompt for prompt in file.prompts}

@@ -19,7 +19,7 @@ from dynadepth.budget import importance, joined, prompts_to_batches
 from dynadepth.removal import Damage, alone
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
-from dynadepth.tuning.data import Example
+from dynadepth.tuning.data import Example, pad_token_id
 
 WINDOW, WINDOWS = 2048, 16
 """Tokens and number of the windows that 1 − cosine is measured on."""
@@ -39,13 +39,13 @@ def scores_by(
     order: str,
     examples: Sequence[Example],
     heldout: Sequence[Example],
-    pad: int,
+    tokenizer: Any,
     progress: Callable[[int, int], None] | None = None,
-    tokenizer: Any = None,
 ) -> Scores:
     """Importance of the routed sites by one of a recipe's orders: 1 − cosine of the examples, damage of the held-out
-    ones, the sum of both ranks, or (`auto`, which needs the `tokenizer`) 1 − cosine unless damage clearly
-    loses less (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of the damage."""
+    ones, the sum of both ranks, or (`auto`) 1 − cosine unless damage clearly loses less
+    (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of the damage."""
+    pad = pad_token_id(tokenizer)
     if order == "cosine" or (order == "auto" and not routing_of(model).granularity.sticky):
         return _cosine(model, examples, pad)
     windows = prompts_to_batches(_windows(model, heldout, DAMAGE_WINDOWS), pad)
@@ -66,15 +66,14 @@ def compared(model: nn.Module, orders: Sequence[Scores], texts: Sequence[Sequenc
     with torch.no_grad():
         damage = Damage(model, prompts_to_batches(texts, 0, batch_size=1), DAMAGE_STRIDE)
         counts = [round(share * len(damage.sites)) for share in SHARES]
-        ranked = [sorted(scores, key=lambda site: (scores[site], site)) for scores in orders]
+        ranked = [sorted(scores, key=scores.__getitem__) for scores in orders]
         return [sum(damage.of(order[:count]) for count in counts) / len(counts) for order in ranked]
 
 
 def long_texts(model: nn.Module, tokenizer: Any) -> list[list[int]]:
     """The longest topics of Python's own help, as long as windows are (or the model reads)."""
-    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
     chosen = sorted(topics.values(), key=len, reverse=True)[:LONG_TEXTS]
-    return [tokenizer(text[: 8 * WINDOW], verbose=False)["input_ids"][: min(WINDOW, positions)] for text in chosen]
+    return [tokenizer(text[: 8 * WINDOW], verbose=False)["input_ids"][: _length(model)] for text in chosen]
 
 
 def by_rank(cosine: Mapping[Site, float], harm: Mapping[Site, float]) -> Scores:
@@ -96,11 +95,15 @@ def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: s
 def _windows(model: nn.Module, examples: Sequence[Example], count: int) -> list[list[int]]:
     """Long windows of the examples' texts, put end to end. A token with which every example begins (`<bos>`) begins
     every window."""
-    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW
     first = {e.input_ids[0] for e in examples}
     special = list(first) if len(first) == 1 and len(examples) > 1 else []
     texts = (e.input_ids[len(special) :] for e in examples)
-    return [special + ids for ids in joined(texts, min(WINDOW, positions) - len(special), count)]
+    return [special + ids for ids in joined(texts, _length(model) - len(special), count)]
+
+
+def _length(model: nn.Module) -> int:
+    """Tokens of a long window: as many as the model reads, at most `WINDOW`."""
+    return min(WINDOW, getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW)
 
 
 def _cosine(model: nn.Module, examples: Sequence[Example], pad: int) -> Scores:

@@ -234,10 +234,9 @@ def _measure(
     progress: Progress | None,
 ) -> Measured:
     """Fits the skip paths, and measures what the recipe's order needs."""
-    pad = pad_token_id(tokenizer)
-    explained = fit(model, training, pad, _stage(progress, "fit"))
+    explained = fit(model, training, pad_token_id(tokenizer), _stage(progress, "fit"))
     stage = _stage(progress, "importance by removal")
-    return Measured(scores_by(model, recipe.order, examples, heldout, pad, stage, tokenizer), explained)
+    return Measured(scores_by(model, recipe.order, examples, heldout, tokenizer, stage), explained)
 
 
 def _train(
