@@ -143,6 +143,7 @@ def test_nothing_of_the_routing_is_left_in_a_twin():
     assert any(isinstance(m, machinery) for m in model.modules())
     for twin in (bare_twin(model), pruned_twin(model, sites("0.attention"))):
         assert not any(isinstance(m, machinery) or hasattr(m, "depth_state") for m in twin.modules())
+        assert not any(m.training for m in twin.modules())
     assert all(type(m).__module__.split(".")[0] != "dynadepth" for m in bare_twin(model).modules())
 
 

@@ -5,14 +5,15 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dynadepth import attach, detach, is_attached, load, recording, routing_of, set_budget
+from dynadepth import MindSkipConfig, attach, detach, is_attached, load, recording, routing_of, set_budget, vocabulary
 from dynadepth.errors import BudgetError, ConfigError, TuningError
 from dynadepth.tuning import start
 from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
-from dynadepth.tuning.objectives import kl_loss, kl_sum
+from dynadepth.tuning.objectives import ce_loss, ce_sum, kl_loss, kl_sum
 from dynadepth.tuning.run import tune
 from dynadepth.tuning.surrogate import fit_paths
 from dynadepth.tuning.trainer import RouterTrainer
@@ -281,9 +282,34 @@ def test_kl_and_its_gradient_are_those_of_the_definition(rows):
     assert float(kl_sum(teacher, teacher)) == pytest.approx(0, abs=1e-5)
 
 
-def test_kl_loss_is_zero_where_everything_executes():
-    from dynadepth import MindSkipConfig, attach
+@pytest.mark.parametrize("rows", [5, 300])
+def test_cross_entropy_and_its_gradient_are_pytorchs(rows, monkeypatch):
+    monkeypatch.setattr(vocabulary, "CACHED", 7 * 64)  # 64 rows at a time
+    logits, labels = torch.randn(rows, 7, requires_grad=True), torch.randint(0, 7, (rows,))
+    labels[::3] = -100
+    found, wanted = ce_sum(logits, labels), nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * loss, logits)[0] for loss in (found, wanted)))
 
+
+@pytest.mark.parametrize("items", [None, 50])
+def test_the_task_loss_is_the_models_own_with_its_depth_loss(items):
+    model = attach(tiny(), MindSkipConfig(layers="all", penalty=0.5)).train()
+    batch = Collator(0)([Example(e.input_ids[: 9 + 3 * i], 2 + i) for i, e in enumerate(examples(4))])
+    loss, _ = ce_loss(model, batch, items)
+    loss.backward()
+    found = [router.weight.grad.clone() for router in routing_of(model).routers().values()]
+    model.zero_grad()
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    own = model(**batch, num_items_in_batch=torch.tensor(items or count)).loss
+    own.backward()
+    torch.testing.assert_close(loss, own)
+    for gradient, router in zip(found, routing_of(model).routers().values(), strict=True):
+        torch.testing.assert_close(gradient, router.weight.grad)
+    assert min(float(gradient.abs().max()) for gradient in found) > 0
+
+
+def test_kl_loss_is_zero_where_everything_executes():
     model = attach(tiny(), MindSkipConfig(layers="all", penalty=0.0)).train()
     loss, _ = kl_loss(model, Collator(0)(examples(4)), None)
     assert loss.item() == pytest.approx(0, abs=1e-6)

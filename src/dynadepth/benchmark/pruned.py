@@ -97,7 +97,7 @@ def pruned_twin(model: PreTrainedModel, skipped: Collection[Site], repeated: Col
     layers.extend(merged)
     # Without any attention one entry is left: it needs some type, and its place in the cache is never filled.
     _resize_configs(twin, len(merged), None if types is None else [types[index] for index in kept or [0]])
-    return twin
+    return twin.eval()  # what merged layers are in was made just now
 
 
 class _Residual(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynadepth.compiled.attention import asks_by_head, grouped_config
 from dynadepth.lora import RoutedLora
 from dynadepth.routing.call import CACHE_NAMES, SublayerCall
 from dynadepth.routing.experts import WatchedGate
@@ -111,8 +112,8 @@ class Parted(nn.Module):
 
 
 def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a module tree on the same parameters, with some modules replaced. Modules below the top that need no
-    change are shared."""
+    """A copy of a module tree on the same parameters, with some modules replaced, whose attention is asked by groups of
+    heads. Modules below the top that need no change are shared."""
     children = {
         name: child if child is None else replaced[child] if child in replaced else _shared(child, replaced)
         for name, child in module._modules.items()
@@ -124,6 +125,8 @@ def twin_of(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
         restore_class(twin, routed)
         for name in ("depth_state", "depth_owner", "depth_entry"):
             vars(twin).pop(name, None)
+    if asks_by_head(module):
+        vars(twin)["config"] = grouped_config(module.config)
     twin.training = False
     for hooks in HOOKS:
         vars(twin)[hooks] = OrderedDict()
@@ -137,7 +140,7 @@ def _shared(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Mo
 
 
 def _needs_copy(module: nn.Module) -> bool:
-    return isinstance(module, MIXINS) or any(vars(module)[hooks] for hooks in HOOKS)
+    return isinstance(module, MIXINS) or asks_by_head(module) or any(vars(module)[hooks] for hooks in HOOKS)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -160,6 +163,7 @@ class Origin:
         self.was = _attributes(layer)
         self.copied_were, self.parts_were = ([_attributes(part) for part in some] for some in (self.copied, self.parts))
         self.children_were = [dict(children) for children in self.children]
+        self.grouped = [part for part in self.parts if asks_by_head(part)]
         self.handles = RemovableHandle.next_id
 
     def holds(self, layer: nn.Module, thoroughly: bool) -> bool:
@@ -173,7 +177,7 @@ class Origin:
             if not thoroughly and self.handles == RemovableHandle.next_id:
                 return _vars(self.copied) == self.copied_were
             handles = RemovableHandle.next_id
-            if _vars(self.parts) != self.parts_were:
+            if _vars(self.parts) != self.parts_were or not all(map(asks_by_head, self.grouped)):
                 return False
         except (RuntimeError, ValueError):  # an attribute that is another tensor or array than before
             return False

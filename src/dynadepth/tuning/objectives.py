@@ -43,31 +43,52 @@ def drawn_columns(model: nn.Module, labels: Tensor, share: float) -> Tensor | No
     return scored[torch.randperm(len(scored))[:count].to(scored.device)].sort().values
 
 
-class _KL(torch.autograd.Function):
-    """Σ KL(teacher‖student) over rows; what its gradient needs is kept in the logits' own dtype."""
+class _Known(torch.autograd.Function):
+    """A sum whose gradient was found along with it."""
 
     @staticmethod
-    def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
-        total = student.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(student)  # softmax(student) - softmax(teacher)
-        for t, s, g in few_rows(teacher, student, gradient):
-            t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
-            p = t.exp()
-            total += (p * t.sub_(s)).sum()
-            g.copy_(s.exp_().sub_(p))
+    def forward(ctx: Any, logits: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient * outer
+        return gradient * outer, None, None
 
 
 def kl_sum(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ KL(teacher‖student) over rows of logits `[N, V]`, in nats, float32; differentiable in `student`."""
-    total: Tensor = _KL.apply(teacher, student)
-    return total
+    """Σ KL(teacher‖student) over rows of logits `[N, V]`, in nats, float32; differentiable in `student`.
+
+    Here as in `ce_sum` the gradient is kept in the logits' own dtype, and float32 is for a few rows at a time.
+    """
+    total, gradient = student.new_zeros((), dtype=torch.float32), torch.empty_like(student)
+    with torch.no_grad():
+        for t, s, g in few_rows(teacher, student, gradient):
+            t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
+            p = t.exp()
+            total += (p * t.sub_(s)).sum()
+            g.copy_(s.exp_().sub_(p))  # softmax(student) - softmax(teacher)
+    found: Tensor = _Known.apply(student, total, gradient)
+    return found
+
+
+def ce_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ −log p(label) over rows of logits `[N, V]`, in nats, float32; labels `[N]`, −100 for none."""
+    total, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+    with torch.no_grad():
+        begin = 0
+        for rows, g in few_rows(logits, gradient):
+            own = labels[begin : begin + len(rows), None]
+            begin += len(rows)
+            counted = own != -100
+            own = own.where(counted, 0)
+            rows = rows.float().log_softmax(-1)
+            total -= (rows.gather(-1, own) * counted).sum()
+            p = rows.exp_()
+            g.copy_(p.scatter_add_(-1, own, -torch.ones_like(p[:, :1])).mul_(counted))  # softmax - one hot
+    found: Tensor = _Known.apply(logits, total, gradient)
+    return found
 
 
 def kl_loss(
@@ -81,19 +102,32 @@ def kl_loss(
     with torch.no_grad(), disabled(model):
         teacher, _ = scored_logits(model, {k: v for k, v in inputs.items() if k != "prompt_mask"}, columns)
     student, outputs = scored_logits(model, inputs, columns)
-    scored = (inputs["labels"][:, 1:] != -100).sum(1)
-    items = scored.sum() if items is None else items
+    scored, items = _scored(inputs["labels"], items)
     loss = kl_sum(teacher, student) * (scored.sum() / max(len(student), 1)) / items
-    depth = routing_of(model).config.depth_loss(outputs.depth_trace, scored / items)
-    return (loss if depth is None else loss + depth), outputs
+    return _with_depth_loss(model, loss, outputs, scored / items), outputs
 
 
 def ce_loss(
     model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None, share: float = 1.0
 ) -> tuple[Tensor, Any]:
-    """The model's own loss on the labels, to which the routed forward adds the depth loss (Router-Tuning, Eq. 9)."""
-    outputs = model(**inputs, num_items_in_batch=items)
-    return outputs.loss, outputs
+    """Cross-entropy of the labels a token plus the method's depth loss (Router-Tuning, Eq. 9)."""
+    labels = inputs["labels"]
+    outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    scored, items = _scored(labels, items)
+    loss = ce_sum(outputs.logits.flatten(0, 1), following.flatten()) / items
+    return _with_depth_loss(model, loss, outputs, scored / items), outputs
+
+
+def _scored(labels: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
+    """Scored tokens of each row `[B]`, and of the whole step: of this batch where nobody tells."""
+    scored = (labels[:, 1:] != -100).sum(1)
+    return scored, scored.sum() if items is None else items
+
+
+def _with_depth_loss(model: nn.Module, loss: Tensor, outputs: Any, weights: Tensor) -> Tensor:
+    depth = routing_of(model).config.depth_loss(outputs.depth_trace, weights)
+    return loss if depth is None else loss + depth
 
 
 OBJECTIVES = {"ce": ce_loss, "kl": kl_loss}
