@@ -17,8 +17,6 @@ MIXED = 0.90
 """Share of the nominal saving in batches of 8 rows with routes of their own."""
 OVERHEAD = 0.02
 """Price of routing where everything executes."""
-NOTHING = 1e-3
-"""A saving below this is that of a model that executes everything: its routers' own FLOPs."""
 
 
 def speed(cells: list[dict], phase: str) -> list[str]:
@@ -44,7 +42,7 @@ def said(cell: dict) -> str:
     if cell["routed_s"] is None:
         return "–"
     efficiency, ideal = cell["nominal_efficiency"], cell["ideal_saving"]
-    if abs(ideal) < NOTHING:
+    if cell["keep_ratio"] == 1.0:
         return f"{cell['overhead']:+.1%}"
     if efficiency is None:
         return f"{cell['speedup']:.2f}× of {1 / (1 - ideal):.2f}×"

@@ -181,13 +181,16 @@ def test_weights_are_those_of_the_embedded_file(kind, tmp_path):
     assert (found["norm.weight"].data == values[0]).all()
 
 
-def test_documents_can_be_printed_again():
-    """`--table FILE` of a committed file."""
-    for file in FOLDER.rglob("*.json"):
+def test_documents_can_be_printed_again(capsys):
+    """`--table FILE` of a committed file, or what `table.py` makes of it."""
+    for file in (*FOLDER.rglob("*.json"), FOLDER.parent / "readme" / "bench.json"):
         document = json.loads(file.read_text(encoding="utf-8"))
         for name, key in (("tuning_cost", "kinds"), ("rivals", "rivals")):
             if key in document:
                 assert script(name).table(document).startswith("Batch")
+        if "cells" in document:
+            script("table").main(file)
+            assert capsys.readouterr().out.startswith("| prefill: batch")
 
 
 def test_tables_of_a_grid(tmp_path, capsys):
@@ -208,6 +211,10 @@ def test_tables_of_a_grid(tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("| 8 × 16 |")]
     assert len(rows) == 3, "prefill, decode, memory"
     assert "50% |" in rows[2]
+    for row in rows[:2]:
+        skips, _, everything, _ = row.split(" | ")[2:]
+        assert "× of" in skips
+        assert everything.endswith("%"), "of what executes everything, the price"
     assert "- mixed batches, of the nominal saving (goal ≥ 0.90)" in text
     assert "| sequence@0.5, decode | context 8 to 24, batch 8 |" in text
     assert text.count("goal") == 2, "no cell of 512 tokens, so nothing is said of skip efficiency"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dynadepth
+from dynadepth import hub
 from dynadepth.benchmark import pruned_twin
 from dynadepth.compiled import attention, layers
 from dynadepth.compiled.attention import grouped_attention
@@ -135,3 +137,10 @@ def test_layers_merged_of_several_are_compiled(grouped: list[int]) -> None:
     grouped.clear()
     torch.testing.assert_close(steps(twin), expected, atol=1e-5, rtol=1e-5)
     assert grouped == [3] * 2 * (len(ALL) - 1)
+
+
+def test_a_model_that_magnifies_rounding_is_compiled(grouped: list[int], smollm2_path: Path) -> None:
+    """Half of its attentions are gone, and it was trained with all of them."""
+    twin = pruned_twin(hub.load_model(str(smollm2_path)), [dynadepth.Site(i, "attention") for i in range(1, 30, 2)])
+    assert dynadepth.is_compiled(dynadepth.compile(twin))
+    assert grouped == [2] * 2 * 15

@@ -1,7 +1,8 @@
 """Attention of one token under grouped queries: the heads that share keys and values ask as so many tokens would.
 
-PyTorch's kernel for CPUs reads keys and values once for every head where one token asks (and copies them first where a
-mask is given and transformers is compiled); asked for all heads of a group at once it takes an eighth of the time.
+PyTorch's kernel for CPUs takes every head by itself where one token asks (and transformers copies keys and values for
+each first, where a mask is given and it is compiled); asked for all heads of a group at once it takes a sixth of the
+time with three heads in a group, less with more.
 Every head sees the same places, so that what each of them gets is the same.
 """
 
