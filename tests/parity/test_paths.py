@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dynadepth
+from dynadepth.routing import token_parts
 
 from .matrix import MATRIX, TOKENS, Cell, assert_same, decisions, in_chunks, inputs, over, routed
 from .models import tiny
@@ -32,6 +33,25 @@ def test_injected_decisions(name: str, cell: Cell, side: str) -> None:
     model.eval()
     for lengths in ((PROMPT, 3, 1, 1), (3, 4, 4, 1)):  # in the latter, a row brings nothing but padding at first
         steps = in_chunks(model, batch, lengths, given)
+        assert_same(torch.cat([out.logits for out in steps], 1), wanted, real)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@over([(name, cell) for name, cell in MATRIX if cell.has_policy and cell.kv_policy == "project"])
+def test_prefills_in_parts(monkeypatch: pytest.MonkeyPatch, name: str, cell: Cell, side: str) -> None:
+    """Long prefills of chosen tokens are carried out part by part, here of five or of one token."""
+    model, batch, given = tiny(name), inputs(side), decisions(cell)
+    real = batch["attention_mask"]
+    wanted = reference(model, cell, given, batch).logits
+    cell.attach(model)
+    calls = []
+    run = token_parts.run_parts
+    monkeypatch.setattr(token_parts, "run_parts", lambda *given: calls.append(given) or run(*given))
+    for part, lengths in ((5, (TOKENS,)), (5, (TOKENS - 2, 1, 1)), (1, (3, TOKENS - 3))):
+        monkeypatch.setattr(token_parts, "PART", part)
+        calls.clear()
+        steps = in_chunks(model, batch, lengths, given)
+        assert calls, "nothing was done in parts"
         assert_same(torch.cat([out.logits for out in steps], 1), wanted, real)
 
 

@@ -12,8 +12,8 @@ import torch
 
 from dynadepth import Site, StaticConfig, attach, disabled, fixed_routes, routing_of, set_budget
 from dynadepth.budget import calibrate
-from dynadepth.routing import token_kv
-from small import ALL, FAMILIES, LAYERS, alone, bare, ids, mixed, ragged, routed
+from dynadepth.routing import token_kv, token_parts
+from small import ALL, FAMILIES, LAYERS, WINDOW, alone, bare, ids, mixed, ragged, routed
 from transfers import transfers
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -117,6 +117,56 @@ def test_skipped_tokens_run_nothing(family: str, target: str, kv_policy: str) ->
             is_routed = target == "block" or (target == "attention") == part.startswith("self_attn")
             projected = kv_policy == "project" and part in ("self_attn.k_proj", "self_attn.v_proj")
             assert seen[layer, part] == (6 if is_routed and not projected else 12), part
+
+
+@FAMILY
+@pytest.mark.parametrize("target", ["attention", "block"])
+def test_skipped_tokens_of_parts_run_nothing(monkeypatch: pytest.MonkeyPatch, family: str, target: str) -> None:
+    monkeypatch.setattr(token_parts, "PART", 3)
+    model = routed(family, target=target, granularity="token")
+    # As many tokens of each row in each part, and none in the middle one.
+    execute = torch.tensor([[1, 0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    given = dict.fromkeys(routing_of(model).sites, execute)
+    keys: list[int] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        keys.append(key.shape[2])
+        return plain(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.no_grad(), fixed_routes(model, given), kernels(model) as seen:
+        model(input_ids=ids(2, 8))
+    for layer in ALL:
+        for part in PARTS:
+            is_routed = target == "block" or part.startswith("self_attn")
+            projected = part in ("self_attn.k_proj", "self_attn.v_proj")
+            assert seen[layer, part] == (6 if is_routed and not projected else 16), part
+    sliding = [3, WINDOW + 1] if family == "gemma3" else [3, 8]  # a part of 2 tokens and the window before it
+    assert keys == [*sliding, 3, 8] * (LAYERS // 2)
+
+
+def test_parts_need_no_more_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counts = routed(granularity="token"), []
+    for part in (256, 2):
+        monkeypatch.setattr(token_parts, "PART", part)
+        with torch.no_grad(), transfers(monkeypatch) as counted:
+            model(**ragged([9, 4, 7]))
+        counts.append(counted.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_parts_are_for_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gradients are recorded, what a part has read must not change."""
+    monkeypatch.setattr(token_parts, "PART", 2)
+    model = routed(granularity="token", skip_path="linear")
+    batch = ragged([9, 4, 7])
+    loss = model(**batch).logits[batch["attention_mask"].bool()].square().mean()
+    loss.backward()
+    with torch.no_grad():
+        again = model(**batch).logits[batch["attention_mask"].bool()].square().mean()
+    assert torch.isclose(loss, again)
+    assert all(path.write.grad.abs().max() > 0 for path in routing_of(model).paths().values())
 
 
 @contextmanager

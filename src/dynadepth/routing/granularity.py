@@ -207,19 +207,24 @@ class PerToken(Granularity):
 
     def _run(self, state: SublayerState, call: SublayerCall, decision: RoutingDecision, context: ForwardContext) -> Any:
         from dynadepth.routing.token_kv import run_tokens
+        from dynadepth.routing.token_parts import counted, part_length, run_parts
 
-        execute = decision.execute
+        execute, batch = decision.execute, len(call.hidden)
         padding = None if context.token_mask is None else ~context.token_mask
         if padding is not None:
             execute = execute & ~padding
         everything = execute if padding is None else execute | padding
+        part = part_length(state, call, context)
         # The site's one host transfer: how many tokens of each row execute, and whether any real token skips.
-        *counts, whole = torch.cat([execute.sum(1), everything.all().long().unsqueeze(0)]).tolist()
+        *flat, whole = torch.cat([counted(execute, part).flatten(), everything.all().long().unsqueeze(0)]).tolist()
         if whole:
             return self._run_whole(state, call, context, decision.weight)
         if not state.target.keeps_kv:
-            return self._run_flat(state, call, execute, sum(counts), context)
-        return run_tokens(state, call, context, execute, counts, decision.weight)
+            return self._run_flat(state, call, execute, sum(flat), context)
+        if len(flat) == batch:
+            return run_tokens(state, call, context, execute, flat, decision.weight)
+        counts = [flat[start : start + batch] for start in range(0, len(flat), batch)]
+        return run_parts(state, call, context, execute, counts, part, decision.weight)
 
     def _run_whole(
         self, state: SublayerState, call: SublayerCall, context: ForwardContext, weight: Tensor | None

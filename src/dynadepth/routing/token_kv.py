@@ -112,10 +112,9 @@ class TokenKV:
         skip_rows, skip_index, *projected = self.skipped
         for new, skipped in zip((keys, values), projected, strict=True):
             full = skipped.new_empty(self.batch, skipped.shape[1], self.length, skipped.shape[3])
-            by_token = full.transpose(1, 2)  # [B, T, heads, d]; both sources are right for every token they name
-            by_token[skip_rows[:, None], skip_index] = skipped.transpose(1, 2)
+            fill_in(full, skip_rows, skip_index, skipped)  # both sources are right for every token they name
             if new is not None:
-                by_token[self.rows[:, None], self.index] = new.transpose(1, 2)
+                fill_in(full, self.rows, self.index, new)
             merged.append(full)
         if self.context.cache is None:
             return merged[0], merged[1]
@@ -135,6 +134,38 @@ class TokenKV:
             return full_keys, full_values
         assert self.new_positions is not None
         return self.store.append(full_keys, full_values, self.new_positions)
+
+
+def fill_in(full: Tensor, rows: Tensor, index: Tensor, part: Tensor) -> None:
+    """Puts keys or values `[n, heads, t, d]` of tokens `index` `[n, t]` of `rows` into all, `[B, heads, T, d]`."""
+    full.transpose(1, 2)[rows[:, None], index] = part.transpose(1, 2)
+
+
+def chosen(execute: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens `execute` `[B, T]` (`counts` per row on the host): the rows `[n]` that have any, theirs in their
+    order `[n, t]`, and which of these places hold one, and no filler, bool `[n, t]`."""
+    device = execute.device
+    order = torch.argsort(execute.to(torch.int8), dim=1, descending=True, stable=True)  # executing tokens first
+    rows = torch.tensor([i for i, n in enumerate(counts) if n], dtype=torch.long, device=device)
+    longest = max(counts)
+    valid = torch.arange(longest, device=device) < torch.tensor(counts, device=device)[rows, None]
+    return rows, order[rows, :longest], valid
+
+
+def project_skipped(
+    state: SublayerState, call: SublayerCall, execute: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows `[n]`, tokens `[n, t]`, keys and values `[n, heads, t, d]`, by the module's own projections, of what
+    is not in `execute` `[B, T]` (`counts` per row on the host)."""
+    rows, index, _ = chosen(~execute, [execute.shape[1] - count for count in counts])
+    part = call.tokens(rows, index, None)
+    assert state.project is not None
+    return rows, index, *state.project(part.hidden, part.kwargs.get("position_embeddings"))
+
+
+def queries_of(mask: Tensor, batch: int, rows: Tensor, index: Tensor) -> Tensor:
+    """Of a mask `[B or 1, 1, T, K]` what tokens `index` of `rows` see: `[n, 1, t, K]`."""
+    return mask.expand(batch, -1, -1, -1).transpose(1, 2)[rows[:, None], index].transpose(1, 2)
 
 
 def run_tokens(
@@ -157,22 +188,17 @@ def run_tokens(
         if (store := sparse_layer(state, context)) is not None:
             store.holes = True
         return state.skip_all(call, context)
-    order = torch.argsort(execute.to(torch.int8), dim=1, descending=True, stable=True)  # executing tokens first
-    rows = torch.tensor([i for i, n in enumerate(counts) if n], dtype=torch.long, device=device)
-    longest = max(counts)
-    index = order[rows, :longest]
+    rows, index, valid = chosen(execute, counts)
+    longest = index.shape[1]
     kv = TokenKV(state, context, rows, index, hidden.shape)
     if state.kv_policy == "project":
-        skip_rows = torch.tensor([i for i, n in enumerate(counts) if n < length], dtype=torch.long, device=device)
-        skip_index = order.flip(1)[skip_rows, : length - min(counts)]
-        kv.skipped = (skip_rows, skip_index, *_project(state, call, skip_rows, skip_index))
+        kv.skipped = project_skipped(state, call, execute, counts)
     elif kv.store is not None:
         kv.store.holes = True
     if not longest:
         kv.write_skipped()
         return state.skip_all(call, context)
 
-    valid = torch.arange(longest, device=device) < torch.tensor(counts, device=device)[rows, None]  # [n, t]
     query = context.past + index
     if state.kv_policy == "drop":
         positions = torch.full((batch, longest), -1, dtype=torch.long, device=device)
@@ -187,7 +213,7 @@ def run_tokens(
     if mask is None:
         gathered = (mask_among if alone else causal_mask)(state, hidden, query, key_positions)
     else:
-        gathered = mask.expand(batch, -1, -1, -1).transpose(1, 2)[rows[:, None], index].transpose(1, 2)  # [n, 1, t, K]
+        gathered = queries_of(mask, batch, rows, index)
         if state.kv_policy == "drop":
             gathered = gather_keys(gathered, key_positions, state, context, length)
     context.running[state.site.layer] = valid
@@ -210,22 +236,36 @@ def put_back(
     """What the module returned for tokens `index` of `rows` (of which `valid` were to execute) as its output for all
     tokens."""
     hidden = call.hidden
-    output, executed = state.target.canvas(hidden), state.hidden_of(result)
-    fill = output[rows[:, None], index]
-    if weight is not None:
-        executed = state.target.weighted(hidden[rows[:, None], index], executed, weight[rows[:, None], index])
-    output[rows[:, None], index] = torch.where(valid.unsqueeze(-1), executed.to(output.dtype), fill)
-    contribution = state.contribution(hidden, context)
-    if contribution is not None:
-        output = state.blend(output, state.target.skipped(hidden, contribution), execute, context)
+    output = state.target.canvas(hidden)
+    place(state, hidden, output, result, rows, index, valid, weight)
+    output = finished(state, hidden, output, execute, context)
     return state.wrap(output, _full_weights(state, context, result, rows, index, valid, key_positions, hidden.shape))
 
 
-def _project(state: SublayerState, call: SublayerCall, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the named tokens, by the module's own projections."""
-    assert state.project is not None
-    part = call.tokens(rows, index, None)
-    return state.project(part.hidden, part.kwargs.get("position_embeddings"))
+def place(
+    state: SublayerState,
+    hidden: Tensor,
+    output: Tensor,
+    result: Any,
+    rows: Tensor,
+    index: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+) -> None:
+    """Puts what the module returned for tokens `index` of `rows` into the `output` `[B, T, D]` of all tokens, where
+    `valid`."""
+    executed, fill = state.hidden_of(result), output[rows[:, None], index]
+    if weight is not None:
+        executed = state.target.weighted(hidden[rows[:, None], index], executed, weight[rows[:, None], index])
+    output[rows[:, None], index] = torch.where(valid.unsqueeze(-1), executed.to(output.dtype), fill)
+
+
+def finished(state: SublayerState, hidden: Tensor, output: Tensor, execute: Tensor, context: ForwardContext) -> Tensor:
+    """The output of executing tokens with the skip path's part for the others."""
+    contribution = state.contribution(hidden, context)
+    if contribution is None:
+        return output
+    return state.blend(output, state.target.skipped(hidden, contribution), execute, context)
 
 
 def gather_keys(mask: Tensor, positions: Tensor, state: SublayerState, context: ForwardContext, length: int) -> Tensor:
