@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynadepth import vocabulary
-from dynadepth.tuning.objectives import kl_sum
+from dynadepth.tuning.objectives import Predictions, kl_sum
 from dynadepth.vocabulary import few_rows, log_sums
 
 
@@ -31,7 +31,7 @@ def test_sums_and_distances_are_those_of_whole_rows(dtype, held, monkeypatch):
     torch.testing.assert_close(log_sums(one), one.float().logsumexp(-1))
     p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
     student = other.clone().requires_grad_()
-    found = kl_sum(one, student)
+    found = kl_sum(Predictions(one), Predictions(student))
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(), rtol=1e-5, atol=1e-5)
     found.backward()
     torch.testing.assert_close(student.grad, (q.exp() - p.exp()).to(dtype))

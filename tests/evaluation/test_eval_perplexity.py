@@ -6,9 +6,9 @@ import pytest
 import torch
 from eval_models import BOS
 
-from dynadepth import disabled, recording
+from dynadepth import disabled, recording, vocabulary
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.evaluation import divergence, evaluate, perplexity, scoring
+from dynadepth.evaluation import divergence, evaluate, perplexity
 from dynadepth.evaluation.perplexity import cut
 
 TEXT = "".join(f"{i} green bottles, and {i * 7919 % 101} brown ones; " for i in range(40))
@@ -67,7 +67,7 @@ def test_the_scored_tokens_are_those_after_the_prompt(llama, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batches_and_chunks_change_nothing(routed, tokenizer, monkeypatch, batch_size):
     expected = divergence(routed, tokenizer, TEXT, **SMALL, batch_size=4)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 258 * 7)
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 258 * 7)
     found = divergence(routed, tokenizer, TEXT, **SMALL, batch_size=batch_size)
     assert found.kl == pytest.approx(expected.kl, rel=1e-4)
     assert found.agreement == expected.agreement

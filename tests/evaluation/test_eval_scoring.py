@@ -13,7 +13,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from dynadepth.evaluation import scoring
+from dynadepth import vocabulary
 from dynadepth.evaluation.scoring import Scorer, log_prob_chunks, pair_log_probs
 
 SIZES = {
@@ -115,7 +115,7 @@ def test_pairs_are_looked_up_in_any_order_and_across_chunks(monkeypatch):
         calls.append(len(x))
         return x @ weight.T
 
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 33)  # three positions a chunk
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 33)  # three positions a chunk
     positions, tokens = torch.tensor([6, 0, 6, 3, 0]), torch.tensor([1, 2, 3, 4, 10])
     log_probs, top = pair_log_probs(states, head, positions, tokens)
     expected = (states @ weight.T).log_softmax(-1)

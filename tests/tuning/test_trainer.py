@@ -13,7 +13,7 @@ from dynadepth.errors import BudgetError, ConfigError, TuningError
 from dynadepth.tuning import start
 from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
-from dynadepth.tuning.objectives import ce_loss, ce_sum, kl_loss, kl_sum
+from dynadepth.tuning.objectives import Predictions, ce_loss, ce_sum, kl_loss, kl_sum
 from dynadepth.tuning.run import tune
 from dynadepth.tuning.surrogate import fit_paths
 from dynadepth.tuning.trainer import RouterTrainer
@@ -214,9 +214,12 @@ def test_a_share_of_the_tokens_stands_for_all_of_them():
     batch = Collator(0)(rows)
     whole = kl_loss(model, batch, None)[0].item()
     torch.manual_seed(0)
-    draws = [kl_loss(model, batch, None, share=0.25) for _ in range(60)]
-    assert draws[0][1].logits.shape[1] == 4  # of 16 labelled positions
-    drawn = [loss.item() for loss, _ in draws]
+    heads: list[int] = []
+    watch = model.lm_head.register_forward_hook(lambda head, args, logits: heads.append(logits.shape[:-1].numel()))
+    drawn = [kl_loss(model, batch, None, share=0.25)[0].item() for _ in range(60)]
+    watch.remove()
+    # Teacher and student: the last position of 4 rows each, once one row to know V, then 4 of 16 positions of each.
+    assert sum(heads) == 60 * (2 * 4 + 1 + 2 * 4 * 4)
     assert min(drawn) < whole < max(drawn)
     assert sum(drawn) / len(drawn) == pytest.approx(whole, rel=0.1)
 
@@ -275,11 +278,11 @@ def test_kl_and_its_gradient_are_those_of_the_definition(rows):
     teacher, student = torch.randn(rows, 7), torch.randn(rows, 7, requires_grad=True)
     p, q = teacher.softmax(-1), student.softmax(-1)
     wanted = (p * (p / q).log()).sum()
-    found = kl_sum(teacher, student)
+    found = kl_sum(Predictions(teacher), Predictions(student))
     torch.testing.assert_close(found, wanted)
     gradients = [torch.autograd.grad(3 * loss, student)[0] for loss in (found, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    assert float(kl_sum(teacher, teacher)) == pytest.approx(0, abs=1e-5)
+    assert float(kl_sum(Predictions(teacher), Predictions(teacher))) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("rows", [5, 300])
@@ -287,7 +290,7 @@ def test_cross_entropy_and_its_gradient_are_pytorchs(rows, monkeypatch):
     monkeypatch.setattr(vocabulary, "CACHED", 7 * 64)  # 64 rows at a time
     logits, labels = torch.randn(rows, 7, requires_grad=True), torch.randint(0, 7, (rows,))
     labels[::3] = -100
-    found, wanted = ce_sum(logits, labels), nn.functional.cross_entropy(logits, labels, reduction="sum")
+    found, wanted = ce_sum(Predictions(logits), labels), nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(3 * loss, logits)[0] for loss in (found, wanted)))
 

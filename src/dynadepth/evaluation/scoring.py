@@ -10,20 +10,14 @@ pairs.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynadepth.vocabulary import few_rows, log_sums
-
-CHUNK_ELEMENTS = 1 << 24
-"""Most elements of a chunk of logits."""
-
-Finish = Callable[[Tensor], Tensor]
+from dynadepth.vocabulary import HeadTap, ToLogits, few_rows, find_finish, log_sums, logit_chunks
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class States:
     """What one forward leaves behind: `states_BTD`, and the function that turns rows of it into logits `[.., V]`."""
 
     states_BTD: Tensor
-    to_logits: Callable[[Tensor], Tensor]
+    to_logits: ToLogits
     cache: Any = None
     """Keys and values, where they were asked for."""
 
@@ -47,7 +41,7 @@ class Scorer:
         self.model = model
         self.takes_prompt_mask = takes_prompt_mask
         """Whether the model is routed: only then its forward knows `prompt_mask`."""
-        self._finish: Finish | None = None
+        self._finish: ToLogits | None = None
         self._whole_logits = False
 
     @torch.no_grad()
@@ -59,10 +53,10 @@ class Scorer:
             inputs["prompt_mask"] = prompt_BT
         head = self.model.get_output_embeddings()
         if head is not None and not self._whole_logits:
-            with _Tap(head) as tap:
+            with HeadTap(head) as tap:
                 outputs = self.model(**inputs)
             if self._finish is None and tap.raw is not None:
-                self._finish = _find_finish(self.model.config, tap.raw, outputs.logits)
+                self._finish = find_finish(self.model.config, tap.raw, outputs.logits)
             if self._finish is not None and tap.entered is not None:
                 finish = self._finish
                 return States(tap.entered, lambda states: finish(head(states)), outputs.past_key_values)
@@ -71,62 +65,7 @@ class Scorer:
         return States(outputs.logits, lambda states: states, outputs.past_key_values)
 
 
-class _Tap:
-    """While entered, keeps what goes into the head and lets only the last position through, in this thread."""
-
-    def __init__(self, head: torch.nn.Module) -> None:
-        self.head = head
-        self.entered: Tensor | None = None
-        self.raw: Tensor | None = None
-        self._thread = threading.get_ident()
-
-    def __enter__(self) -> _Tap:
-        self._handles = [
-            self.head.register_forward_pre_hook(self._before),
-            self.head.register_forward_hook(self._after),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if threading.get_ident() != self._thread or not args:
-            return None
-        self.entered = args[0]
-        # A frozen head (as under routers) multiplies a slice with an expanded copy of its weight: see `folded_input`.
-        return (args[0][:, -1:].contiguous(), *args[1:])
-
-    def _after(self, _: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        if threading.get_ident() == self._thread:
-            self.raw = output
-
-
-def _find_finish(config: Any, raw: Tensor, logits: Tensor) -> Finish | None:
-    """What turns the head's output `raw` into the model's `logits` (`[B, 1, V]` both), or None if unknown."""
-    config = config.get_text_config()
-    candidates: list[Finish] = []
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
-        candidates.append(lambda x: torch.tanh(x / cap) * cap)
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        candidates.append(lambda x: x / divisor)
-    if factor := getattr(config, "logit_scale", None):  # Cohere
-        candidates.append(lambda x: x * factor)
-    candidates.append(lambda x: x)  # last: on small logits a soft cap may round to nothing
-    return next((finish for finish in candidates if torch.equal(finish(raw), logits)), None)
-
-
-def logit_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first position, logits `[n, V]` in the model's dtype) over all N positions, a chunk at a time."""
-    n = len(states_ND)
-    vocabulary = to_logits(states_ND[:1]).shape[-1] if n else 1
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, n, size):
-        yield start, to_logits(states_ND[start : start + size])
-
-
-def log_prob_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+def log_prob_chunks(states_ND: Tensor, to_logits: ToLogits) -> Iterator[tuple[int, Tensor]]:
     """Yields (first position, float32 log-probabilities `[n, V]`) over all N positions, a few at a time; to the digit
     those of `pair_log_probs`."""
     for start, chunk_NV in logit_chunks(states_ND, to_logits):
@@ -137,7 +76,7 @@ def log_prob_chunks(states_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) ->
 
 @torch.no_grad()
 def pair_log_probs(
-    states_ND: Tensor, to_logits: Callable[[Tensor], Tensor], positions_P: Tensor, tokens_P: Tensor
+    states_ND: Tensor, to_logits: ToLogits, positions_P: Tensor, tokens_P: Tensor
 ) -> tuple[Tensor, Tensor]:
     """For each pair (position in `states_ND`, token): its log-probability, float32 `[P]`, and whether no token beats
     it, bool `[P]`. A position may stand in several pairs, and costs once."""

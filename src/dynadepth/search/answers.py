@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dynadepth.evaluation.scoring import logit_chunks
 from dynadepth.search.layers import LayerRunner
 from dynadepth.search.questions import Question
 from dynadepth.search.tree import Counts
-from dynadepth.vocabulary import log_sums
+from dynadepth.vocabulary import log_sums, logit_chunks
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dynadepth.routed import unwrapped
 from dynadepth.routing.decision import KeepRatio
 from dynadepth.routing.recorder import Recorder, recording
 from dynadepth.tuning.data import Collator, Example
-from dynadepth.tuning.objectives import kl_sum, scored_logits
+from dynadepth.tuning.objectives import kl_sum, predictions
 
 BATCH = 8
 Route = Callable[[], AbstractContextManager[Any]]
@@ -61,10 +61,10 @@ def distances(
             batch = {k: v.to(device) for k, v in collator(examples[start : start + BATCH]).items()}
             scored = (batch["labels"][:, 1:] != -100).sum(1).tolist()
             with disabled(model):
-                dense, _ = scored_logits(model, {k: v for k, v in batch.items() if k != "prompt_mask"})
+                dense, _ = predictions(model, {k: v for k, v in batch.items() if k != "prompt_mask"})
             for route, record, kl in zip(routes, records, kls, strict=True):
                 with route(), recording(record):
-                    routed, _ = scored_logits(model, batch)
+                    routed, _ = predictions(model, batch)
                 kl += [float(kl_sum(*rows)) for rows in zip(dense.split(scored), routed.split(scored), strict=True)]
             tokens += sum(scored)
             if progress:
