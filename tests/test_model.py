@@ -236,7 +236,7 @@ def test_budgets_that_cannot_be_set() -> None:
         set_budget(model, attention=0.4)
     with pytest.raises(BudgetError, match=r"target is 'attention'.*attention=\.\.\."):
         set_budget(model, mlp=0.75)
-    with pytest.raises(BudgetError, match=r"no calibration.*tune them, or call"):
+    with pytest.raises(BudgetError, match=r"no calibration.*tune them, run `dynadepth calibrate`, or call"):
         set_budget(model, attention=0.75)
     for config, way_out in (
         (MoDConfig(), r"trained with the model, and get none; call dynadepth\.budget\.calibrate"),

@@ -93,7 +93,7 @@ def calibration_of(routing: Routing, asked: str) -> Calibration:
 
 
 def _way_out(routing: Routing) -> str:
-    """What can be done about routers without calibration: none but tuning by `tune` measures one."""
+    """What can be done about routers without calibration."""
     name, config = routing.config.name, routing.config
     if config.from_routes:
         return (
@@ -103,7 +103,7 @@ def _way_out(routing: Routing) -> str:
     calibrate = "dynadepth.budget.calibrate(model, batches)"
     if config.trains_base:
         return f"routers of method {name!r} are trained with the model, and get none; call {calibrate}"
-    return f"tune them, or call {calibrate}"
+    return f"tune them, run `dynadepth calibrate`, or call {calibrate}"
 
 
 def check_budget(budget: float, routing: Routing) -> float:

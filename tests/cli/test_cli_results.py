@@ -64,6 +64,7 @@ def test_help_lists_every_verb_and_needs_no_torch():
             "bench",
             "--routers --budget --batch --context --compare --seconds --new-tokens --compile --json --resume --figure",
         ),
+        ("calibrate", "--routers --data --out --max-samples --max-length --seed --json"),
         ("demo", "--out --seed"),
         (
             "frontier",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import typer
 
 from dynadepth.cli.bench import bench
+from dynadepth.cli.calibrate import calibrate
 from dynadepth.cli.demo import demo
 from dynadepth.cli.eval import evaluate
 from dynadepth.cli.frontier import frontier
@@ -45,6 +46,7 @@ def _options(
 
 app.command("demo")(demo)
 app.command("tune")(tune)
+app.command("calibrate")(calibrate)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("bench")(bench)

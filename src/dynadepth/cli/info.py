@@ -106,13 +106,14 @@ def _granularity(config: dict[str, Any]) -> str:
 
 def _provenance(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """The parts that a reader can use, in order; what is absent is left out."""
-    run, result, recipe = (provenance.get(key) or {} for key in ("run", "result", "recipe"))
+    run, result, recipe, calibrated = (provenance.get(key) or {} for key in ("run", "result", "recipe", "calibrated"))
     rows = [
         ("recipe", recipe.get("name")),
         ("recipe's source", recipe.get("source")),
         ("seed", provenance.get("seed")),
         ("tuned on", f"{result['n_train']} samples in {result['seconds']:.0f} s" if "seconds" in result else None),
         ("chosen", "{chosen} ({why})".format(**result["choice"]) if result.get("choice") else None),
+        ("calibrated on", calibrated.get("data")),
         ("stopped early", (provenance.get("stopped") or {}).get("why")),
         ("dynadepth", run.get("dynadepth")),
         ("commit", run.get("commit")),
