@@ -39,7 +39,7 @@ def test_injected_decisions(name: str, cell: Cell, side: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @over([(name, cell) for name, cell in MATRIX if cell.has_policy and cell.kv_policy == "project"])
 def test_prefills_in_parts(monkeypatch: pytest.MonkeyPatch, name: str, cell: Cell, side: str) -> None:
-    """Long prefills of chosen tokens are carried out part by part, here of five or of one token."""
+    """Long prefills of chosen tokens are carried out part by part, here of five, three or one token."""
     model, batch, given = tiny(name), inputs(side), decisions(cell)
     real = batch["attention_mask"]
     wanted = reference(model, cell, given, batch).logits
@@ -47,8 +47,8 @@ def test_prefills_in_parts(monkeypatch: pytest.MonkeyPatch, name: str, cell: Cel
     calls = []
     run = token_parts.run_parts
     monkeypatch.setattr(token_parts, "run_parts", lambda *given: calls.append(given) or run(*given))
-    for part, lengths in ((5, (TOKENS,)), (5, (TOKENS - 2, 1, 1)), (1, (3, TOKENS - 3))):
-        monkeypatch.setattr(token_parts, "PART", part)
+    for least, lengths in ((5, (TOKENS,)), (1, (TOKENS - 2, 1, 1)), (1, (3, TOKENS - 3))):
+        monkeypatch.setattr(token_parts, "LEAST", least)
         calls.clear()
         steps = in_chunks(model, batch, lengths, given)
         assert calls, "nothing was done in parts"

@@ -122,7 +122,7 @@ def test_skipped_tokens_run_nothing(family: str, target: str, kv_policy: str) ->
 @FAMILY
 @pytest.mark.parametrize("target", ["attention", "block"])
 def test_skipped_tokens_of_parts_run_nothing(monkeypatch: pytest.MonkeyPatch, family: str, target: str) -> None:
-    monkeypatch.setattr(token_parts, "PART", 3)
+    monkeypatch.setattr(token_parts, "LEAST", 3)
     model = routed(family, target=target, granularity="token")
     # As many tokens of each row in each part, and none in the middle one.
     execute = torch.tensor([[1, 0, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 1, 0]], dtype=torch.bool)
@@ -148,8 +148,8 @@ def test_skipped_tokens_of_parts_run_nothing(monkeypatch: pytest.MonkeyPatch, fa
 
 def test_parts_need_no_more_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counts = routed(granularity="token"), []
-    for part in (256, 2):
-        monkeypatch.setattr(token_parts, "PART", part)
+    for least in (256, 2):
+        monkeypatch.setattr(token_parts, "LEAST", least)
         with torch.no_grad(), transfers(monkeypatch) as counted:
             model(**ragged([9, 4, 7]))
         counts.append(counted.count)
@@ -158,7 +158,7 @@ def test_parts_need_no_more_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parts_are_for_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where gradients are recorded, what a part has read must not change."""
-    monkeypatch.setattr(token_parts, "PART", 2)
+    monkeypatch.setattr(token_parts, "LEAST", 2)
     model = routed(granularity="token", skip_path="linear")
     batch = ragged([9, 4, 7])
     loss = model(**batch).logits[batch["attention_mask"].bool()].square().mean()

@@ -33,8 +33,9 @@ from dynadepth.routing.token_kv import (
 if TYPE_CHECKING:
     from dynadepth.routing.sublayer import SublayerState
 
-PART = 256
-"""Positions of a part. Fewer keys are looked at in vain with shorter ones, and more calls made."""
+PARTS, LEAST = 4, 256
+"""Of a long prefill, and positions of the shortest part. With more parts fewer keys are looked at in vain, but more
+calls are made, each for so few queries that PyTorch's kernel for CPUs takes smaller steps."""
 
 
 def part_length(state: SublayerState, call: SublayerCall, context: ForwardContext) -> int:
@@ -43,12 +44,12 @@ def part_length(state: SublayerState, call: SublayerCall, context: ForwardContex
     apart = (
         state.target.keeps_kv
         and state.kv_policy == "project"
-        and length >= 2 * PART
+        and length >= 2 * LEAST
         and not context.past
         and not state.wants_weights(context)
         and not torch.is_grad_enabled()  # what a part has read is written to by the next one
     )
-    return PART if apart else length
+    return max(LEAST, -(-length // PARTS)) if apart else length
 
 
 def counted(execute: Tensor, part: int) -> Tensor:
