@@ -109,7 +109,13 @@ def test_missing_entries(saved: Path, key: str) -> None:
     assert "save the routers again" in refused(bare(), saved)
 
 
-@pytest.mark.parametrize("calibration", [{}, {"points": [{"keep": "x"}], "n_sequences": 1}, 3], ids=str)
+NO_POINTS = {"points": [], "n_sequences": 1}
+NO_QUANTILES = {"points": [{"keep": 0.5, "quantiles": []}], "n_sequences": 1}
+
+
+@pytest.mark.parametrize(
+    "calibration", [{}, {"points": [{"keep": "x"}], "n_sequences": 1}, NO_POINTS, NO_QUANTILES, 3], ids=str
+)
 def test_a_damaged_calibration(saved: Path, calibration: Any) -> None:
     edit(saved, calibration=calibration)
     assert "does not fit its own configuration" in refused(bare(), saved)
@@ -120,6 +126,17 @@ def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
     message = refused(bare(), saved)
     assert f"format {FORMAT + 1}" in message
     assert "pip install -U dynadepth" in message
+
+
+@pytest.mark.parametrize("changes", [{"budget": "x"}, {"control": []}, {"provenance": [1]}], ids=str)
+def test_damaged_facts(saved: Path, changes: dict[str, Any]) -> None:
+    edit(saved, **changes)
+    assert "does not fit its own configuration" in refused(bare(), saved)
+
+
+def test_routers_without_provenance_load(saved: Path) -> None:
+    edit(saved, provenance=None)
+    assert routing_of(load(bare(), saved)).provenance == {}
 
 
 # ---- values of the configuration

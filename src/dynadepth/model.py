@@ -393,6 +393,11 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
             path.to(base.dtype)
         if data.get("calibration") is not None:
             routing.calibration = Calibration.from_dict(data["calibration"])
+        for name in ("budget", "control"):
+            if data.get(name) is not None:
+                data[name] = float(data[name])
+        if not isinstance(data.get("provenance") or {}, dict):
+            raise TypeError("a provenance that is no object")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         detach(model)
         raise AdapterError(
@@ -408,7 +413,7 @@ def load(model: M, directory: str | Path, strict: bool = True) -> M:
         router.asked = bool(router.threshold > float("-inf"))
     routing.budget, routing.speedup = data.get("budget"), data.get("speedup")
     routing.control = data.get("control")
-    routing.provenance = data.get("provenance", {})
+    routing.provenance = dict(data.get("provenance") or {})
     return model
 
 

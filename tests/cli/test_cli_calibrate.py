@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from dynadepth import adapter, lora
 from saved_model import WORDS
 
 
@@ -54,4 +55,6 @@ def test_too_few_prompts_and_missing_files(
     assert "too few to calibrate" in refused(*words, "--data", prompts, "--max-samples", 8)
     assert "There is no file" in refused(*words, "--data", prompts.parent / "nothing.jsonl")
     assert "would replace a file of --data" in refused(*words, "--data", prompts, "--json", prompts)
+    for name in (*(adapter.CONFIG, adapter.WEIGHTS), *(lora.CONFIG, lora.WEIGHTS)):  # there or not
+        assert "would replace a file of --out" in refused(*words, "--data", prompts, "--json", out / name)
     assert not list(out.iterdir())

@@ -91,3 +91,25 @@ def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPat
         objective(model, batch(), None)[0].backward()
     assert max(sizes) == 5
     assert sum(sizes) > 3 * int((batch()["labels"][:, 1:] != -100).sum())
+
+
+def test_a_loss_that_is_no_number_leaves_the_next_ones_as_they_were() -> None:
+    model, sizes = routed("plain"), []
+    norm = model.model.norm.weight
+    kept = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(float("nan"))
+    assert torch.isnan(kl_loss(model, batch(), None)[0])
+    with torch.no_grad():
+        norm.copy_(kept)
+    model.lm_head.register_forward_hook(lambda head, args, logits: sizes.append(tuple(logits.shape[:-1])))
+    kl_loss(model, batch(), None)
+    assert sizes[0] == (4, 1), "the whole batch's logits are made from now on"
+
+
+def test_a_share_of_the_tokens_needs_no_more_logits_where_the_head_learns() -> None:
+    model, sizes = routed("head learns"), []
+    model.lm_head.register_forward_hook(lambda head, args, logits: sizes.append(logits.shape[:-1].numel()))
+    kl_loss(model, batch(), None, share=0.25)
+    whole = batch()["labels"].numel()
+    assert max(sizes) < whole / 2

@@ -21,14 +21,17 @@ def calibrate(
         typer.Option(
             "--data",
             metavar="FILE|NAME",
-            help="Prompts like those to come: JSON Lines, or a `datasets` name, with the columns that `tune` reads.",
+            help="Prompts like those to come: JSON Lines, or a `datasets` name, with the columns that `tune` reads; "
+            "prompts without answers as `text`.",
         ),
     ],
     out_dir: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder for the calibrated routers; may be that of --routers.")
     ],
     max_samples: Annotated[int, typer.Option("--max-samples", metavar="N", help="Prompts used.")] = 160,
-    max_length: Annotated[int, typer.Option("--max-length", metavar="N", help="Tokens of a prompt.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option("--max-length", metavar="N", help="Most tokens of a prompt; never more than the model reads.")
+    ] = 1024,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of which prompts are drawn.")] = 0,
     json_file: options.Json = None,
 ) -> None:
@@ -39,22 +42,24 @@ def calibrate(
         options.check_seed(seed)
         options.check_output_folder(out_dir)
         read = {"--data": [Path(data)], "--routers": options.saved_routers(routers)}
-        options.check_output_file(json_file, {**read, "--out": [out_dir / "routing_config.json"]})
+        options.check_output_file(json_file, {**read, "--out": options.saved_routers(out_dir)})
         loaded, tokenizer = open_model(model, routers)
+        from dynadepth.architectures import text_config
         from dynadepth.model import save
         from dynadepth.report.stamp import stamp
         from dynadepth.routed import routing_of
         from dynadepth.routing.calibration import TOLERANCE
-        from dynadepth.tuning.data import Collator, load_examples
+        from dynadepth.tuning.data import load_examples, pad_token_id
         from dynadepth.tuning.recalibrate import recalibrate
 
+        max_length = min(max_length, text_config(loaded).max_position_embeddings or max_length)
         with progress(f"reading {data}"):
             examples = load_examples(data, tokenizer, max_samples=max_samples, max_length=max_length, seed=seed)
         with progress(f"calibrating on {len(examples)} prompts") as tell:
             found = recalibrate(
                 loaded,
                 examples,
-                Collator(tokenizer, seed=seed),
+                pad_token_id(tokenizer),
                 lambda stage, done, total: tell(f"{stage}: {done} of {total} budgets"),
             )
         provenance = stamp(model, loaded, routers=routers, seed=seed)

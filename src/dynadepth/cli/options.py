@@ -148,9 +148,13 @@ def _same_file(one: Path, two: Path) -> bool:
     return one.resolve() == two.resolve()
 
 
+ROUTER_FILES = ("routing_config.json", "routers.safetensors", "adapter_config.json", "adapter_model.safetensors")
+"""Names of the files of saved routers, and of a LoRA beside them."""
+
+
 def saved_routers(folder: Path | None) -> list[Path]:
-    """The files that make a folder one of saved routers."""
-    return [] if folder is None else [folder / "routing_config.json", *folder.glob("*.safetensors")]
+    """The files that make a folder one of saved routers, there or not."""
+    return [] if folder is None else [folder / name for name in ROUTER_FILES]
 
 
 def check_output_folder(path: Path) -> None:

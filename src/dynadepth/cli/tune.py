@@ -116,7 +116,7 @@ def tune(
         options.check_seed(seed)
         options.check_output_folder(out_dir)
         sources = {"--routes": [] if routes is None else [routes], "--data": [] if data is None else [Path(data)]}
-        options.check_output_file(json_file, {**sources, "--out": [out_dir / "routing_config.json"]})
+        options.check_output_file(json_file, {**sources, "--out": options.saved_routers(out_dir)})
         from dynadepth.tuning.recipe import DEFAULT, load_recipe
 
         if routes is not None:

@@ -79,8 +79,10 @@ class Calibration:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Calibration:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`. Raises ValueError for what no threshold can be read from."""
         points: Sequence[dict[str, Any]] = data["points"]
+        if not points or any(len(p["quantiles"]) < 2 for p in points):
+            raise ValueError("a calibration without quantiles")
         return Calibration(
             tuple(CalibrationPoint(float(p["keep"]), tuple(map(float, p["quantiles"]))) for p in points),
             int(data["n_sequences"]),

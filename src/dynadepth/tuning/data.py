@@ -83,12 +83,6 @@ class Collator:
             "prompt_mask": prompt_mask,
         }
 
-    def decided(self, examples: Sequence[Example], sticky: bool) -> list[list[int]]:
-        """What decisions see of each example: its prompt where they are made once a sequence, else all of it."""
-        if not sticky:
-            return [e.input_ids for e in examples]
-        return [e.input_ids[: e.prompt_length or self.prefix_length(e.input_ids)] for e in examples]
-
     def prefix_length(self, input_ids: Sequence[int]) -> int:
         """The length of a plain text's stand-in prompt."""
         ids = torch.tensor([input_ids])

@@ -6,6 +6,7 @@ any division into micro-batches adds up to the same gradient.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ def predictions(model: nn.Module, inputs: dict[str, Any], columns: Tensor | None
 
     `columns`: int64, the positions to predict from; None: all.
     """
-    wanted = inputs["labels"][:, 1:] != -100
+    labels = inputs["labels"]
+    wanted = labels[:, 1:] != -100
     if columns is not None:
         wanted = wanted & torch.zeros_like(wanted).index_fill_(1, columns, True)
     given = {name: value for name, value in inputs.items() if name != "labels"}
@@ -60,8 +62,13 @@ def predictions(model: nn.Module, inputs: dict[str, Any], columns: Tensor | None
             outputs = model(**given, use_cache=False)
         finish = None if tap.raw is None else find_finish(base.config, tap.raw, outputs.logits)
         if finish is not None and tap.entered is not None:
-            return Predictions(tap.entered[:, :-1][wanted], lambda states: finish(head(states))), outputs
-        _WHOLE.add(base)
+            states = tap.entered[:, :-1]
+            return Predictions(states[wanted.to(states.device)], lambda states: finish(head(states))), outputs
+        if outputs.logits.isfinite().all():  # what is no number equals nothing, whatever its finish
+            _WHOLE.add(base)
+    if columns is not None and "logits_to_keep" in inspect.signature(base.forward).parameters:
+        outputs = model(**given, use_cache=False, logits_to_keep=columns)
+        return Predictions(outputs.logits[labels[:, columns + 1] != -100]), outputs
     outputs = model(**given, use_cache=False)
     return Predictions(outputs.logits[:, :-1][wanted]), outputs
 
@@ -171,7 +178,7 @@ def ce_loss(
     found, outputs = predictions(model, inputs)
     scored, items = _scored(labels, items)
     following = labels[:, 1:]
-    loss = ce_sum(found, following[following != -100]) / items
+    loss = ce_sum(found, following[following != -100].to(found.states.device)) / items
     return _with_depth_loss(model, loss, outputs, scored / items), outputs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from dynadepth.dial import check_adjustable, set_budget
 from dynadepth.errors import BudgetError
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.recorder import recording
-from dynadepth.tuning.data import Collator, Example
+from dynadepth.tuning.data import Example
 
 CHECKED = (0.875, 0.75, 0.625, 0.5)
 """Budgets that are checked, where the routed sites can reach them."""
@@ -50,12 +51,13 @@ class Recalibration:
 
 
 def recalibrate(
-    model: nn.Module, examples: Sequence[Example], collator: Collator, progress: Progress | None = None
+    model: nn.Module, examples: Sequence[Example], pad: int, progress: Progress | None = None
 ) -> Recalibration:
     """Calibrates the budgets of an attached model on three quarters of `examples` and checks them on the rest.
 
-    The budget in force stays, by its new threshold; so does a control. Raises BudgetError where a budget has no
-    threshold (static routes, learnt choices, routers tuned from searched routes), or where the examples are too few.
+    Where whole sequences are routed, an example counts by its prompt; plain text is a prompt. `pad`: a token id. The
+    budget in force stays, by its new threshold; so does a control. Raises BudgetError where a budget has no threshold
+    (static routes, learnt choices, routers tuned from searched routes), or where the examples are too few.
     """
     routing = routing_of(model)
     if routing.is_static:
@@ -69,8 +71,8 @@ def recalibrate(
             f"Routers of method {routing.config.name!r} are trained apart, and no threshold fits all: shift their own "
             "choice with --control P, or dynadepth.set_control."
         )
-    pad = collator.pad_token_id
-    decided = collator.decided(examples, routing.granularity.sticky)
+    sticky = routing.granularity.sticky
+    decided = [e.input_ids[: e.prompt_length or None] if sticky else e.input_ids for e in examples]
     held_back = max(1, round(HELD_BACK * len(decided)))
     checks = budgets.prompts_to_batches(decided[:held_back], pad)
     batches = budgets.prompts_to_batches(decided[held_back:], pad)
@@ -78,7 +80,13 @@ def recalibrate(
     reachable = [b for b in CHECKED if b >= routing.lowest_budget()]
     asked = sorted({*reachable, *([] if in_force is None else [in_force])} - {1.0}, reverse=True)
     keeps = sorted({*budgets.KEEPS, *(round(routing.keep_of(b), 4) for b in asked)})
-    budgets.check_prompts(model, batches, len(keeps))
+    needed = budgets.units_needed(len(keeps))
+    if len(decided) - held_back < needed:
+        total = next(n for n in count(needed) if n - max(1, round(HELD_BACK * n)) >= needed)
+        raise BudgetError(
+            f"{len(decided)} prompts are too few to calibrate {len(keeps)} budgets and check them: give at least "
+            f"{total}, and about sixty for budgets that are met within 0.02."
+        )
 
     routers, speedup = list(routing.routers().values()), routing.speedup
     thresholds = [(router.threshold.clone(), router.asked) for router in routers]

@@ -198,7 +198,14 @@ def _start(
         "data": data_digest(examples),
     }
     collator = Collator(pad, seed=seed)
-    prompts = budgets.prompts_to_batches(collator.decided(heldout, routing.granularity.sticky), pad)
+    # A sequence is decided on its prompt, a token wherever it stands.
+    decided = [
+        e.input_ids[: e.prompt_length or collator.prefix_length(e.input_ids)]
+        if routing.granularity.sticky
+        else e.input_ids
+        for e in heldout
+    ]
+    prompts = budgets.prompts_to_batches(decided, pad)
     if shares:
         budgets.check_prompts(model, prompts, len(shares))
     began, kept = time.monotonic(), kept_start(model, out) if resume else None
