@@ -43,7 +43,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Rounds of each measurement.")] = 5,
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", metavar="S", help="No further round at a point after S seconds (2 always run)."),
+        typer.Option("--seconds", metavar="S", help="No further round at a point after S seconds (3 always run)."),
     ] = None,
     compiled: options.Compile = False,
     dtype: options.Dtype = "auto",
