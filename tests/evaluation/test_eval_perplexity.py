@@ -6,10 +6,11 @@ import pytest
 import torch
 from eval_models import BOS
 
-from dynadepth import disabled, recording, vocabulary
+from dynadepth import disabled, recording, routing_of, vocabulary
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.evaluation import divergence, evaluate, perplexity
+from dynadepth.evaluation import divergence, evaluate, perplexity, scoring
 from dynadepth.evaluation.perplexity import cut
+from dynadepth.routing.context import is_disabled
 
 TEXT = "".join(f"{i} green bottles, and {i * 7919 % 101} brown ones; " for i in range(40))
 SMALL = {"window": 64, "prompt": 16}
@@ -168,3 +169,27 @@ def test_the_mode_of_the_model_comes_back(routed, tokenizer):
 def test_what_cannot_be_scored_is_refused(llama, tokenizer, options, error, message):
     with pytest.raises(error, match=message):
         perplexity(llama, tokenizer, **({"text": TEXT} | SMALL | options))
+
+
+def test_dense_forwards_are_made_once_for_several_routed_models(make_routed, tokenizer, monkeypatch):
+    model = make_routed("sequence")
+    runs = []
+    once = scoring.Scorer.__call__
+
+    def counted(self, *args, **inputs):
+        runs.append(is_disabled(routing_of(self.model)))
+        return once(self, *args, **inputs)
+
+    monkeypatch.setattr(scoring.Scorer, "__call__", counted)
+    other = {"window": 64, "prompt": 24}
+    expected = [divergence(model, tokenizer, TEXT, **protocol) for protocol in (SMALL, SMALL, other)]
+    plain = sum(runs)
+    runs.clear()
+    kept = scoring.DenseStates()
+    found = [divergence(model, tokenizer, TEXT, **protocol, dense_states=kept) for protocol in (SMALL, SMALL, other)]
+    assert found == expected
+    assert sum(runs) == plain * 2 // 3, "the second of the same windows and prompts has them, other prompts do not"
+    runs.clear()
+    full = scoring.DenseStates(most=8)
+    assert [divergence(model, tokenizer, TEXT, **SMALL, dense_states=full) for _ in range(2)] == expected[:2]
+    assert sum(runs) == plain * 2 // 3, "what does not fit runs anew"

@@ -13,6 +13,7 @@ from runs import BUDGETS, CELLS, settings_for
 import dynadepth
 from dynadepth import is_attached
 from dynadepth.errors import BudgetError, ConfigError, DataError
+from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.frontier import rows, run, scoring, workbench
 from dynadepth.frontier.makers import Tuned
 from dynadepth.frontier.run import Teller, run_frontier
@@ -252,6 +253,20 @@ def test_every_input_draws_its_own_route(opened, model_folder, data, tmp_path):
     kinds = found.cells["random-per-input"][0.5]["kinds"].values()
     assert sum(kind["distinct"] for kind in kinds) > 8
     assert sum(kind["keep_ratio"]["all"] for kind in kinds) / len(kinds) == pytest.approx(0.5, abs=0.2)
+
+
+def test_dense_reads_the_texts_once_for_all_cells(opened, model_folder, data, tmp_path, monkeypatch):
+    made = []
+    of = DenseStates.of
+
+    def counting(self, ids_BT, prompt, forward):
+        return of(self, ids_BT, prompt, lambda: made.append(ids_BT) or forward())
+
+    monkeypatch.setattr(DenseStates, "of", counting)
+    settings = settings_for(model_folder, data, methods=("static", "random", "random-per-input"), tasks=())
+    found = run_frontier(*opened, settings, tmp_path)
+    assert sum(map(len, found.cells.values())) == 7
+    assert sum(map(len, made)) == settings.max_windows, "each window once, for six routed cells"
 
 
 def test_unknown_methods_name_the_near_ones(opened, model_folder, data, tmp_path):

@@ -70,9 +70,9 @@ def grid(
     makes them. `variants` are of the given model's own routers: one without any has cells of what is in `compare`, or
     of the variant `dense` alone. `compiled`: every model decodes as `dynadepth.compile` makes it, and beside them
     stands the bare one, not compiled (`plain_s`; null otherwise). `seconds`: no further round (of `repeats`) is begun
-    at a point once its rounds have taken as long, though three always run. `finished` points are left out. `progress` is
-    told what runs, in words. Raises `DataError` for too few or too short prompts and `ConfigError` for values that make
-    no cell.
+    at a point once its rounds have taken as long, though three always run. `finished` points are left out. `progress`
+    is told what runs, in words. Raises `DataError` for too few or too short prompts and `ConfigError` for values that
+    make no cell.
 
     Times are medians in seconds of the `unit` for the whole batch; `spread` is the largest interquartile range over
     median among them. Beyond the keys of the command line's contract a cell has `saving` (1 - routed over dense) and

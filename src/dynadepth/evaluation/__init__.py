@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.files import read_text, with_window
 from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, positions_of, protocol
+from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.evaluation.spent import spending
 from dynadepth.model import disabled
 from dynadepth.routed import is_attached
@@ -44,6 +45,7 @@ def evaluate(
     seed: int = 0,
     with_rows: bool = False,
     progress: Progress | None = None,
+    dense_states: DenseStates | None = None,
 ) -> dict[str, Any]:
     """Scores a model as it stands: routed where routers are attached, else dense.
 
@@ -56,6 +58,7 @@ def evaluate(
     model. `with_rows` adds the scores behind the means as `rows`, for paired comparisons: `tasks` (the usual metric of
     each row), `perplexity` (nats a token of each window) and, with `compare_dense`, `kl` of each window; and, as
     `spent`, what `Spent.joined` puts together where tasks and texts are scored one by one.
+    `dense_states`, kept between calls for one model, saves the dense forwards over texts that an earlier call made.
 
     Returns the `eval` JSON but for its provenance; absent values are None. `keep_ratio` is that of the sequences read
     (prefill), `depth` their mean executions of the target's sublayers (repeats count twice), `flops_share` and
@@ -89,7 +92,7 @@ def evaluate(
             }
             try:
                 if compare_dense:
-                    divergences[file] = divergence(model, tokenizer, text, **options)
+                    divergences[file] = divergence(model, tokenizer, text, dense_states=dense_states, **options)
                     measured[file] = divergences[file].routed
                 else:
                     measured[file] = _perplexity(model, tokenizer, text, **options)

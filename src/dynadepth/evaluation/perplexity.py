@@ -19,13 +19,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError, DataError
-from dynadepth.evaluation.scoring import Scorer, States, log_prob_chunks, pair_log_probs
+from dynadepth.evaluation.scoring import DenseStates, Scorer, States, log_prob_chunks, pair_log_probs
 from dynadepth.model import disabled
 from dynadepth.routed import is_attached
 
@@ -128,10 +129,12 @@ def divergence(
     max_windows: int | None = None,
     exact: bool = False,
     progress: Progress | None = None,
+    dense_states: DenseStates | None = None,
 ) -> Divergence:
     """KL, agreement, and both perplexities of a routed model, each forward made once; arguments as for `perplexity`.
 
-    A model without routers is its own dense model: KL 0, agreement 1.
+    With `dense_states`, kept between calls for one model, the dense forwards are made once for all of them. A model
+    without routers is its own dense model: KL 0, agreement 1.
     """
     if not is_attached(model):
         alone = perplexity(
@@ -149,13 +152,13 @@ def divergence(
     windows_NT, prompt = cut(tokenizer, text, window, prompt, max_windows, positions_of(model), exact)
     rows: dict[str, list[float]] = {"routed": [], "dense": [], "kl": []}
     agree = count = 0
+    kept = DenseStates(0) if dense_states is None else dense_states
     with _eval_mode(model):
         scorer = Scorer(model, True)
         for ids_BT in _batches(windows_NT, batch_size, progress):
             ids_BT = ids_BT.to(model.device)
             routed = _run(scorer, ids_BT, prompt)
-            with disabled(model):
-                dense = _run(scorer, ids_BT, prompt)
+            dense = kept.of(ids_BT, prompt, partial(_dense, model, scorer, ids_BT, prompt))
             targets_N = ids_BT[:, prompt:].flatten()
             pairs = zip(
                 log_prob_chunks(routed.states_BTD, routed.to_logits),
@@ -252,6 +255,11 @@ def _run(scorer: Scorer, ids_BT: Tensor, prompt: int) -> States:
     prompt_BT[:, :prompt] = True
     states = scorer(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), prompt_BT)
     return States(states.states_BTD[:, prompt - 1 : -1].flatten(0, 1), states.to_logits)
+
+
+def _dense(model: Any, scorer: Scorer, ids_BT: Tensor, prompt: int) -> States:
+    with disabled(model):
+        return _run(scorer, ids_BT, prompt)
 
 
 def _by_window(values_N: Tensor, windows: int) -> list[float]:

@@ -10,7 +10,7 @@ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,29 @@ class States:
     to_logits: ToLogits
     cache: Any = None
     """Keys and values, where they were asked for."""
+
+
+class DenseStates:
+    """What the bare model makes of windows, kept for the routed ones that are compared with it one after another.
+
+    Belongs to one model, whose weights stay as they are. At most `most` bytes are kept, on the model's device; windows
+    beyond run anew each time.
+    """
+
+    def __init__(self, most: int = 1 << 30) -> None:
+        self._kept: dict[tuple[int, tuple[int, ...], bytes], States] = {}
+        self._room = most
+
+    def of(self, ids_BT: Tensor, prompt: int, run: Callable[[], States]) -> States:
+        """The states of these windows behind prompts of this length; `run` makes them where they are not kept."""
+        key = prompt, tuple(ids_BT.shape), ids_BT.cpu().numpy().tobytes()
+        if key in self._kept:
+            return self._kept[key]
+        states = run()
+        if states.states_BTD.nbytes <= self._room:
+            self._room -= states.states_BTD.nbytes
+            self._kept[key] = states
+        return states
 
 
 class Scorer:

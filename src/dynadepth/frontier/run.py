@@ -193,7 +193,9 @@ def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) 
                 of = None if row.of is None else bench.cell(row.of, budget)["provenance"]["date"]
                 depends = {"cell": wanted, "of": of, "share": part.share, "model": state_of(model)}
                 pieces = Pieces(folder, str(number), depends)
-                scores = measured(model, bench.tokenizer, settings, bench.tell, keep=pieces)
+                scores = measured(
+                    model, bench.tokenizer, settings, bench.tell, keep=pieces, dense_states=bench.dense_states
+                )
                 before += pieces.before
             else:
                 scores = part.scored(model)

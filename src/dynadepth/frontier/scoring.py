@@ -20,6 +20,7 @@ from dynadepth.architectures import decoder_layers
 from dynadepth.benchmark import cut_prompts, run
 from dynadepth.budget import forward, prompts_to_batches
 from dynadepth.evaluation import evaluate
+from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.evaluation.spent import Spent
 from dynadepth.frontier.prompts import KINDS, SAMPLES, encoded
 from dynadepth.frontier.settings import Settings
@@ -54,6 +55,7 @@ def measured(
     tell: Tell,
     prompts: bool = True,
     keep: Keep = at_once,
+    dense_states: DenseStates | None = None,
 ) -> dict[str, Any]:
     """Quality of the model as it stands, routed or bare, and what it executed; without `prompts` on the texts and tasks
     alone (`kinds` and `samples` stay empty). Each text and each task, the kinds and the samples are pieces of their own
@@ -68,6 +70,7 @@ def measured(
                 perplexity=[file],
                 max_windows=settings.max_windows,
                 compare_dense=is_attached(model),
+                dense_states=dense_states,
                 **common,
             )
         routes = [{str(site): passes for site, passes in row.items()} for row in record.sequences]

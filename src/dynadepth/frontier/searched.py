@@ -236,7 +236,9 @@ class Oracle(Maker):
                 prompt: {site: counts[site.layer] for site in sites} for prompt, counts in best.items()
             }
             with giving(model, routes, dict.fromkeys(sites, 1)) as given:
-                found = measured(model, bench.tokenizer, bench.settings, bench.tell, prompts=False)
+                found = measured(
+                    model, bench.tokenizer, bench.settings, bench.tell, prompts=False, dense_states=bench.dense_states
+                )
             if not given:
                 raise DataError(
                     f"none of the {len(best)} prompts of {routes_file(bench, name)} is scored: search routes on the "

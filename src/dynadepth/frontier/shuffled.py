@@ -13,6 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from dynadepth.evaluation import evaluate
+from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.frontier.given import Prompt, Route, giving, watching
 from dynadepth.frontier.makers import Beside, Budget, Part, Tuned, loaded
 from dynadepth.frontier.scoring import Tell, measured
@@ -33,12 +34,22 @@ class Shuffled(Beside[Tuned | Searched]):
 
     def parts(self, bench: Workbench, name: str, budget: Budget) -> list[Part]:
         folder = self.row.folder(bench, self.of)
-        scored = partial(shuffled, tokenizer=bench.tokenizer, settings=bench.settings, tell=bench.tell)
+        scored = partial(
+            shuffled,
+            tokenizer=bench.tokenizer,
+            settings=bench.settings,
+            tell=bench.tell,
+            dense_states=bench.dense_states,
+        )
         return [Part(lambda: loaded(bench.model, folder, budget), scored=scored)]
 
 
 def shuffled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, tell: Tell
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    tell: Tell,
+    dense_states: DenseStates | None = None,
 ) -> dict[str, Any]:
     """`measured` on texts and tasks under routes of other inputs. `shuffled` says of `texts` and `tasks` how many
     `inputs` there are, and for how many of them the route `changed`."""
@@ -61,7 +72,8 @@ def shuffled(
         counts[kind]["changed"] += sum(others[prompt] != route for prompt, route in routes.items())
         given |= others
     with giving(model, given):
-        return {**measured(model, tokenizer, settings, tell, prompts=False), "shuffled": counts}
+        found = measured(model, tokenizer, settings, tell, prompts=False, dense_states=dense_states)
+    return {**found, "shuffled": counts}
 
 
 def deranged(routes: Mapping[Prompt, Route], seed: int) -> dict[Prompt, Route]:

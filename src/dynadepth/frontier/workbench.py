@@ -18,6 +18,7 @@ from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
 from dynadepth.budget import Batches, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError, NewerFormatError
+from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.frontier.scores import read_scores, scores_path, write_scores
 from dynadepth.frontier.settings import Settings, source_facts
 from dynadepth.methods import StaticConfig
@@ -57,6 +58,8 @@ class Workbench:
     """Cells by name."""
     routes: dict[str, RouteFile] = field(default_factory=dict)
     """Files of searched routes that were read, by path."""
+    dense_states: DenseStates = field(default_factory=DenseStates)
+    """What dense makes of the texts, for all cells."""
     _examples: dict[tuple[Any, ...], list[Example]] = field(default_factory=dict)
     _damaged: set[str] = field(default_factory=set)
     """Rows whose damaged routers were said."""
