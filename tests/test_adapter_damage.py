@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from adapters import content, edit, refused, replace_tensors, save_tiny
-from dynadepth import MindSkipConfig, StaticConfig, attach, is_attached, load, routing_of, save
+from dynadepth import MindSkipConfig, Site, StaticConfig, attach, is_attached, load, routing_of, save
 from dynadepth.adapter import CONFIG, FORMAT, WEIGHTS
 from dynadepth.errors import AdapterError, ConfigError, DynadepthError
-from small import bare, routed
+from small import bare, ragged, routed
+
+BATCH = ragged([6, 3])
 
 
 @pytest.fixture
@@ -132,6 +134,23 @@ def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
 def test_damaged_facts(saved: Path, changes: dict[str, Any]) -> None:
     edit(saved, **changes)
     assert "does not fit its own configuration" in refused(bare(), saved)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path: Path, number: float) -> None:
+    model = routed()
+    with torch.no_grad():
+        routing_of(model).routers()[Site(2, "attention")].weight[0] = number
+    assert "router of 2.attention is not finite" in refused(bare(), save(model, tmp_path))
+
+
+def test_thresholds_may_be_infinite(tmp_path: Path) -> None:
+    model = routed()
+    for number, router in zip((math.inf, -math.inf), routing_of(model).routers().values(), strict=False):
+        router.threshold.fill_(number)
+    assert torch.equal(load(bare(), save(model, tmp_path))(**BATCH).logits, model(**BATCH).logits)
+    routing_of(model).routers()[Site(1, "attention")].threshold.fill_(math.nan)
+    assert "router of 1.attention is not finite" in refused(bare(), save(model, tmp_path))
 
 
 def test_routers_without_provenance_load(saved: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,22 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
-from dynadepth import MindSkipConfig, attach, detach, disabled, fixed_routes, is_attached, load, routing_of, save
-from small import ALL, KINDS, bare, checkpoint, ids, mixed, ragged, routed, scatter
+from dynadepth import (
+    DrLLMConfig,
+    MindSkipConfig,
+    attach,
+    detach,
+    disabled,
+    fixed_routes,
+    is_attached,
+    load,
+    routing_of,
+    save,
+)
+from dynadepth.errors import AdapterError, UnsupportedModelError
+from small import ALL, FAMILIES, KINDS, bare, checkpoint, ids, mixed, ragged, routed, scatter
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 ORDER = pytest.mark.parametrize("order", ["lora first", "routers first"])
@@ -202,3 +216,84 @@ def test_plain_hooks_see_the_routed_modules() -> None:
     model.model.layers[2].self_attn.register_forward_hook(lambda _, args, output: shapes.append(output[0].shape))
     model(input_ids=ids(3, 5))
     assert shapes == [(3, 5, 16)]
+
+
+# ---- forwards that others set on the instance
+
+
+def wrapped_by_accelerate(model: Any, folder: Path) -> None:
+    """What `Trainer(bf16=True)` leaves on a model: accelerate's autocast around its forward."""
+    arguments = TrainingArguments(
+        str(folder), bf16=True, max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    rows = [{"input_ids": BATCH["input_ids"][0], "labels": BATCH["input_ids"][0]}] * 2
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.accelerator.prepare_model(model)
+    assert "forward" in vars(model)
+
+
+def test_routers_come_off_under_accelerates_autocast(tmp_path: Path) -> None:
+    model = routed()
+    wrapped_by_accelerate(model, tmp_path)
+    detach(model)
+    plain = bare()
+    wrapped_by_accelerate(plain, tmp_path)
+    assert torch.equal(model(**BATCH).logits, plain(**BATCH).logits)
+
+
+def test_a_forward_that_would_go_round_the_routers_is_refused(tmp_path: Path) -> None:
+    model = bare()
+    wrapped_by_accelerate(model, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has a forward of its own.*unwrap_model"):
+        attach(model, MindSkipConfig(layers=ALL))
+    assert not is_attached(model)
+    for part, config in (
+        ("model.layers.1.self_attn", MindSkipConfig(layers=ALL)),
+        ("model.layers.1.mlp", MindSkipConfig(layers=ALL, target="mlp")),
+        ("model.layers.1.input_layernorm", MindSkipConfig(layers=ALL)),
+        ("model", MindSkipConfig(layers=ALL)),
+    ):
+        model = bare()
+        module = model.get_submodule(part)
+        module.forward = type(module).forward.__get__(module)
+        with pytest.raises(UnsupportedModelError, match=f"{part} has a forward of its own"):
+            attach(model, config)
+        del module.forward
+        attach(model, config)
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "token"])
+def test_a_routed_model_generates_under_torch_compile(granularity: str) -> None:
+    model = routed(granularity=granularity)
+    wanted = model.generate(**BATCH, **OPTIONS)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(**BATCH, **OPTIONS), wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pickled(family: str) -> None:
+    model = routed(family, skip_path="linear", skip_rank=4)
+    twin = pickle.loads(pickle.dumps(model))
+    assert type(twin) is type(model)
+    assert torch.equal(twin.generate(**BATCH, **OPTIONS), model.generate(**BATCH, **OPTIONS))
+    assert routing_of(twin) is not routing_of(model)
+    assert torch.equal(detach(twin)(**BATCH).logits, bare(family)(**BATCH).logits)
+
+
+def test_all_linear_layers_are_the_models_own(tmp_path: Path) -> None:
+    model = attach(bare(), DrLLMConfig())
+    names = set(routing_of(model).tensors())
+    get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear"))
+    assert set(routing_of(model).tensors()) == names
+    save(model, tmp_path)
+    assert is_attached(load(bare(), tmp_path))
+
+
+def test_weights_that_were_offloaded_before(tmp_path: Path) -> None:
+    routers = save(routed(), tmp_path)
+    model = bare()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"offloaded ones .* is on the meta device"):
+        attach(model, MindSkipConfig(layers=ALL))
+    with pytest.raises(AdapterError, match="offloaded weights, whose fingerprint cannot be read"):
+        load(model, routers)

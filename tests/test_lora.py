@@ -342,3 +342,13 @@ def test_a_rank_that_no_layer_can_have(modules: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=f"rank {highest + 1} is more than any .*: give {highest} or less"):
         add_lora(routed(), LoraSettings(highest + 1, modules=modules))
     add_lora(routed(), LoraSettings(highest, modules=modules))
+
+
+def test_it_is_not_put_into_the_folder_of_a_model(tmp_path: Path) -> None:
+    """transformers would find PEFT's files there and adapt the model itself."""
+    folder = tmp_path / "model"
+    bare().save_pretrained(folder)
+    with pytest.raises(AdapterError, match=r"is a model's folder.*a folder of their own"):
+        save(adapted(), folder)
+    assert not (folder / "adapter_config.json").exists()
+    assert (save(routed(), folder) / "routers.safetensors").exists()

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,6 +25,8 @@ from dynadepth import (
     is_attached,
     routing_of,
     set_budget,
+    set_control,
+    set_speedup,
 )
 from dynadepth.errors import BudgetError, ConfigError, UnsupportedModelError
 from dynadepth.routing.calibration import Calibration, CalibrationPoint
@@ -247,6 +250,23 @@ def test_budgets_that_cannot_be_set() -> None:
     with pytest.raises(BudgetError, match="static route"):
         set_budget(attach(bare(), StaticConfig(skip=(1,))), attention=1.0)
     assert routing_of(model).budget is None
+
+
+def test_controls_and_speed_ups_that_are_no_numbers() -> None:
+    model = routed()
+    for value in ("0.5", None, 1.5, float("nan"), [0.5]):
+        with pytest.raises(BudgetError, match="control must be a number between -1 and 1, not"):
+            set_control(model, value)
+        with pytest.raises(BudgetError, match="speed-up must be a number of at least 1"):
+            set_speedup(model, "1.2" if value is None else "x")
+    set_control(model, np.float32(0.25))
+    assert type(routing_of(model).control) is float
+
+
+@pytest.mark.parametrize("config", [None, {"method": "mindskip"}, MindSkipConfig], ids=str)
+def test_attach_wants_a_configuration(config: Any) -> None:
+    with pytest.raises(ConfigError, match="attach takes a configuration such as"):
+        attach(bare(), config)
 
 
 def test_a_budget_moves_every_threshold() -> None:

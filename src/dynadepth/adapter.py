@@ -37,6 +37,11 @@ def identity(model: PreTrainedModel, layers: nn.ModuleList) -> dict[str, Any]:
     for layer in layers:
         parameters = [p for name, p in layer.named_parameters() if not is_attached_name(name) and "lora_" not in name]
         flat = max(parameters, key=lambda p: p.numel()).detach().flatten()
+        if flat.device.type == "meta":
+            raise AdapterError(
+                f"{type(model).__name__} has offloaded weights, whose fingerprint cannot be read: save and load "
+                "routers where the whole model is loaded."
+            )
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
         digest.update(bytes((sample > 0).to(torch.uint8).tolist()))
     shape = {
@@ -75,6 +80,8 @@ def write(
 
     `beside`: a LoRA, as PEFT's configuration and tensors. Without one, that of earlier routers in the folder goes.
     """
+    if beside is not None:
+        check_not_a_model(directory)
     blobs = {WEIGHTS: _serialised(tensors)}
     document = {"format": WITHOUT_LORA, **data, "sha256": _sha256(blobs[WEIGHTS])}
     if beside is not None:
@@ -100,6 +107,15 @@ def write(
             ) from error
         raise AdapterError(f"The routers cannot be saved in {directory}: {error.strerror or error}.") from error
     return directory
+
+
+def check_not_a_model(directory: Path) -> None:
+    """Raises AdapterError for the folder of a model: transformers would put a LoRA that lies there on that model."""
+    if (directory / "config.json").exists():
+        raise AdapterError(
+            f"{directory} is a model's folder, and a LoRA in it would be part of that model from then on: save routers "
+            "with a LoRA in a folder of their own."
+        )
 
 
 def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

@@ -52,8 +52,9 @@ def set_control(model: nn.Module, control: float) -> None:
     BudgetError for a value outside, for a static route, which has no probabilities, or for routers without thresholds.
     """
     routing = routing_of(model)
-    if not -1 <= control <= 1:
-        raise BudgetError(f"control must be between -1 and 1, not {control}.")
+    if not isinstance(control, Real) or not -1 <= control <= 1:
+        raise BudgetError(f"control must be a number between -1 and 1, not {control!r}.")
+    control = float(control)
     if routing.is_static:
         raise BudgetError(
             f"A {routing.config.name} route has no probabilities that a control could shift: set a budget instead."

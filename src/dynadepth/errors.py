@@ -55,7 +55,7 @@ class ModelNotFoundError(DynadepthError):
 
 def did_you_mean(value: str, known: Iterable[str], n: int = 3) -> str:
     """`" Did you mean 'x' or 'y'?"` for the known names nearest to `value`, or `""` where none is near."""
-    near = difflib.get_close_matches(value, list(known), n=n, cutoff=0.5)
+    near = difflib.get_close_matches(str(value), list(known), n=n, cutoff=0.5)
     if not near:
         return ""
     return " Did you mean " + " or ".join(repr(name) for name in near) + "?"

@@ -185,7 +185,7 @@ def _from_pretrained(auto: Any, model: str | Path, **options: Any) -> Any:
     source = resolve(model)
     try:
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:, ")
         way_out = _WAYS_OUT
         if Path(source).parent == cache_dir() / "models":

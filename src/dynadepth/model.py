@@ -36,6 +36,7 @@ from dynadepth.routing.sublayer import (
     RoutedNorm,
     RoutedSublayer,
     SublayerState,
+    own_forward,
     restore_class,
     swap_class,
 )
@@ -54,6 +55,8 @@ def attach(model: M, config: DepthConfig) -> M:
     model that is already routed.
     """
     base = unwrapped(model)
+    if not isinstance(config, DepthConfig):
+        raise ConfigError(f"attach takes a configuration such as dynadepth.MindSkipConfig(), not {config!r}.")
     if is_attached(base):
         raise ConfigError(f"{type(base).__name__} is already routed: dynadepth.detach(model) first.")
     _check_not_compiled(base)
@@ -61,6 +64,7 @@ def attach(model: M, config: DepthConfig) -> M:
     layers = decoder_layers(base, spec)
     routing = _plan(base, config, spec, len(layers))
     modules = [routing.target.module(layers[site.layer], spec) for site in routing.sites]
+    _check_own_forwards(base, routing, modules)
     indices = [site.layer for site in routing.sites]
     if config.watches_experts:
         mlps = {index: getattr(layer, spec.mlp, None) for index, layer in enumerate(layers)}
@@ -103,11 +107,27 @@ def attach(model: M, config: DepthConfig) -> M:
     _install(base, routing, modules, entries, freeze=base is model and not config.trains_base)
     try:
         with probing.quietly(base), injecting(routing, {}):
-            probing.check_same(base, bare, probing.ask(base)[0])
+            probing.check_same(base, bare, probing.ask_routed(base))
     except BaseException:
         detach(model)
         raise
     return model
+
+
+def _check_own_forwards(base: PreTrainedModel, routing: Routing, modules: list[nn.Module]) -> None:
+    """Raises UnsupportedModelError where a forward that was set on an instance would go round the routing."""
+    layers = decoder_layers(base, routing.spec)
+    norms = [_norms(routing.target, routing.spec, layers[site.layer])[0] for site in routing.sites]
+    entries = [_entry(routing, layers[site.layer]) for site in routing.sites]
+    changed = {*_entrances(base), *modules, *norms, *entries, *routing.gates.values()}
+    for name, module in base.named_modules():
+        if module in changed and own_forward(module):
+            raise UnsupportedModelError(
+                f"{name or type(base).__name__} has a forward of its own (as accelerate's mixed precision, "
+                "`model.forward = torch.compile(...)` and kernel libraries set), which would go round the routers: "
+                "attach first, or take it off with accelerator.unwrap_model(model, keep_fp32_wrapper=False) or "
+                "`del module.forward`."
+            )
 
 
 def _watch(routing: Routing, normalised: Mapping[int, bool]) -> None:
@@ -186,6 +206,7 @@ def _plan(base: PreTrainedModel, config: DepthConfig, spec: ArchitectureSpec, n_
 def _install(
     base: PreTrainedModel, routing: Routing, modules: list[nn.Module], entries: Mapping[Site, nn.Module], freeze: bool
 ) -> None:
+    routing.predicts = base.get_output_embeddings() is not None
     routing.trainable_before = tuple(name for name, p in base.named_parameters() if p.requires_grad)
     if freeze:
         base.requires_grad_(False)

@@ -48,6 +48,8 @@ class Routing:
     provenance: dict[str, Any] = field(default_factory=dict)
     gates: dict[int, nn.Module] = field(default_factory=dict)
     """By layer, the gates of mixtures of experts that are watched."""
+    predicts: bool = True
+    """Has the model a vocabulary head, so that labels are tokens to predict?"""
     trainable_before: tuple[str, ...] = ()
     input_grads: bool = False
     """Were gradients of the embeddings asked for (by gradient checkpointing)? They come back at `detach`."""
@@ -109,10 +111,10 @@ class Routing:
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts such tensors in place. Raises ValueError naming the first that is missing, too many, of another shape
-        or, where it is a skip path's, not finite; then nothing is changed."""
+        or not finite (thresholds may be infinite); then nothing is changed."""
         wanted = self.tensors()
         for name in sorted({*wanted, *tensors}):
-            what = f"the {'skip path' if f'.{PATH}.' in name else 'router'} of {name.split(f'.{PATH}.')[0]}"
+            what = f"the {'skip path' if f'.{PATH}.' in name else 'router'} of {'.'.join(name.split('.')[:2])}"
             if name not in tensors:
                 raise ValueError(f"{what} is asked for, and {name!r} is missing")
             if name not in wanted:
@@ -120,7 +122,8 @@ class Routing:
             there, asked = tuple(tensors[name].shape), tuple(wanted[name].shape)
             if there != asked:
                 raise ValueError(f"{what} is of another shape: {name!r} has {there} where {asked} is asked for")
-            if f".{PATH}." in name and not torch.isfinite(tensors[name]).all():
+            free = torch.isinf if name.endswith(".threshold") else torch.zeros_like
+            if not (torch.isfinite(tensors[name]) | free(tensors[name]).bool()).all():
                 raise ValueError(f"{what} is not finite: {name!r}")
         for parts, infix in ((self.routers(), ""), (self.paths(), f"{PATH}.")):
             for site, part in parts.items():

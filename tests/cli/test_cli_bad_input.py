@@ -138,6 +138,31 @@ def test_samples_that_are_all_too_long(refused, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"sites": 5},
+        {"sites": ["x"]},
+        {"provenance": 3},
+        {"provenance": {"result": 7}},
+        {"provenance": {"recipe": "x"}},
+        {"calibration": 7},
+        {"budget": "x"},
+    ],
+    ids=str,
+)
+def test_routers_with_damaged_facts_are_described_as_such(refused, routers_folder, tmp_path, changes):
+    folder = tmp_path / "damaged"
+    shutil.copytree(routers_folder, folder)
+    config = folder / "routing_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes), encoding="utf-8")
+    assert "routing_config.json is damaged" in refused("info", folder)
+
+
+def test_a_lora_into_the_models_own_folder(refused, model_folder):
+    assert "is a model's folder" in refused("tune", model_folder, "--out", model_folder, "--lora", "2")
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--recipe", "defualt"], "'default'"),

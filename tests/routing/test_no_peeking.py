@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
-from dynadepth import fixed_routes, routing_of
+from dynadepth import MindSkipConfig, attach, detach, fixed_routes, routing_of
 from dynadepth.routing.forward import content_prefix
 from dynadepth.routing.granularity import PerSequence
-from small import FAMILIES, VOCABULARY, ids, ragged, routed
+from small import ALL, COMMON, FAMILIES, VOCABULARY, ids, ragged, routed, scatter
 
 LENGTH, PROMPT = 10, 4
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -205,3 +206,29 @@ def test_a_prefill_in_one_piece_answers_as_the_masked_forward(family: str) -> No
     torch.testing.assert_close(rest.logits, masked.logits[:, PROMPT:].detach(), atol=1e-4, rtol=1e-4)
     with fixed_routes(model, {site: torch.tensor(cache.routes[site]) for site in routing_of(model).sites}):
         torch.testing.assert_close(forward(model, tokens)[:, PROMPT:], rest.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "route", "token"])
+def test_labels_of_a_classifier_are_no_tokens(granularity: str) -> None:
+    """They are neither read as positions nor changed, and every real token may be pooled."""
+    torch.manual_seed(3)
+    many = LlamaForSequenceClassification(LlamaConfig(**COMMON, num_labels=6)).eval()
+    tags = LlamaForTokenClassification(LlamaConfig(**COMMON, num_labels=3)).eval()
+    batch = ragged([6, 3, 5])
+    for model, labels in (
+        (many, torch.tensor([0, 1, 2])),
+        (many, torch.rand(3, 6)),  # several labels a text, as many as there are tokens
+        (tags, batch["input_ids"] % 3),
+    ):
+        many.config.problem_type = None
+        wanted = model(**batch, labels=labels).loss
+        scatter(attach(model, MindSkipConfig(layers=ALL, granularity=granularity)))
+        many.config.problem_type = None
+        with fixed_routes(model, {}):
+            assert torch.equal(model(**batch, labels=labels).loss, wanted)
+        routes = [model(**batch, **given).depth_trace.decisions for given in ({}, {"labels": labels})]
+        for site, decision in routes[0].items():
+            assert torch.equal(decision.execute, routes[1][site].execute)
+        loss = model.train()(**batch, labels=labels)
+        assert torch.isfinite(loss.loss)
+        detach(model.eval())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_generation_without_a_cache_needs_token_granularity() -> None:
         routed().generate(**PROMPT, use_cache=False)
     with pytest.raises(UnsupportedCacheError, match="use_cache=False"):
         routed().generate(PROMPT["input_ids"], GenerationConfig(use_cache=False, max_new_tokens=2))
+    model = routed()
+    model.generation_config.use_cache = False  # what the caller's configuration leaves open comes from here
+    with pytest.raises(UnsupportedCacheError, match="use_cache=False"):
+        model.generate(PROMPT["input_ids"], GenerationConfig(max_new_tokens=2))
+    found = model.generate(PROMPT["input_ids"], GenerationConfig(max_new_tokens=2, use_cache=True, pad_token_id=0))
+    assert torch.equal(found, routed().generate(**PROMPT))
 
 
 @pytest.mark.parametrize("kv_policy", ["project", "drop"])
@@ -148,3 +155,25 @@ def test_sites_that_are_not_routed_cannot_be_fixed() -> None:
     model, decisions = routed(layers=(1, 2)), {Site(0, "attention"): True}
     with pytest.raises(ConfigError, match=r"'0.attention'.*routed: 1.attention, 2.attention"):
         fixed_routes(model, decisions).__enter__()
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "token"])
+def test_graphs_that_would_keep_an_examples_route(granularity: str) -> None:
+    wrapper, example = _Logits(routed(granularity=granularity)), (ids(1, 5),)
+    for capture in (torch.jit.trace, torch.export.export):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing is deprecated
+            with pytest.raises(ConfigError, match=r"keep the route of the example.*static"):
+                capture(wrapper, example)
+    static = _Logits(attach(bare(), StaticConfig(skip=(1,))))
+    exported = torch.export.export(static, example).module()
+    assert torch.equal(exported(ids(1, 5, seed=3)), static(ids(1, 5, seed=3)))

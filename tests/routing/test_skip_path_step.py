@@ -34,3 +34,21 @@ def test_one_token_is_as_in_a_longer_forward(dtype, rows, unit_input, monkeypatc
         for name in ("last", "total", "count"):
             torch.testing.assert_close(getattr(memory, name), getattr(one, name))
             assert getattr(memory, name).dtype == getattr(one, name).dtype
+
+
+def test_sums_are_float32_whatever_the_default_dtype(monkeypatch):
+    """In bfloat16 a count of tokens stands still at 256."""
+    path = LinearPath(24, 5)
+    hidden = torch.randn(1, 300, 24).bfloat16()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = LinearPath(24, 5)
+        _, memory = path.bfloat16()(hidden, None, path.begin(1, hidden))
+        for token in hidden.split(1, 1):
+            _, memory = path(token, None, memory)
+    finally:
+        torch.set_default_dtype(before)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
+    assert memory.total.dtype == memory.count.dtype == torch.float32
+    assert memory.count.item() == 600

@@ -45,11 +45,19 @@ def test_the_papers_recipe_says_what_the_paper_says():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"objective": "mse"}, "objective must be one of ce, kl, not 'mse'"),
         ({"holdout": 1.0}, "holdout must be between 0 and 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number of at least 0, not nan"),
+        ({"path_learning_rate": -1.0}, "path_learning_rate must be a number of at least 0, not -1.0"),
+        ({"bias_learning_rate": float("inf")}, "bias_learning_rate must be a number of at least 0, not inf"),
+        ({"lora_learning_rate": -0.5}, "lora_learning_rate must be a number of at least 0, not -0.5"),
+        ({"warmup": -1.0}, "warmup must be a number of at least 0, not -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number of at least 0, not -1.0"),
+        ({"epochs": float("nan")}, "epochs must be a number above 0, not nan"),
+        ({"method": {"method": "mindskip", 3: 4}}, "3"),
     ],
 )
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
-        recipe_from_dict({**GOOD, **change}, "here.yaml")
+        recipe_from_dict({**GOOD, **change}, "here.yaml").config()
 
 
 def test_another_method_keeps_the_settings_that_it_has_too():

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynadepth import MindSkipConfig, attach, detach, is_attached, load, recording, routing_of, set_budget, vocabulary
 from dynadepth.errors import BudgetError, ConfigError, TuningError
-from dynadepth.tuning import start
+from dynadepth.tuning import run, start
 from dynadepth.tuning.controller import QuantileController
 from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import Predictions, ce_loss, ce_sum, kl_loss, kl_sum
@@ -255,6 +255,32 @@ def test_nan_stops_keeps_the_last_good_state_and_says_what_to_try(tmp_path, monk
     for router in routing_of(load(tiny(), tmp_path)).routers().values():
         assert torch.isfinite(router.weight).all()
         assert torch.isfinite(router.bias).all()
+
+
+def test_a_last_step_that_went_wrong_is_noticed(tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def poisoned(self, *args, **kwargs):
+        done = step(self, *args, **kwargs)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("nan"))
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    with pytest.raises(TuningError, match=r"not finite after step 1; .*lower learning_rate"):
+        tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, max_steps=1), out=tmp_path)
+    for router in routing_of(load(tiny(), tmp_path)).routers().values():
+        assert torch.isfinite(router.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"lr_scheduler": "cosin"}, "Did you mean 'cosine'"), ({"report_to": ("nope",)}, "report_to: .*nope")],
+)
+def test_what_the_trainer_does_not_know_is_said_first(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(run, "attach", lambda *_: pytest.fail("nothing is measured before"))
+    with pytest.raises(ConfigError, match=message):
+        tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, **change), out=tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["kl", "ce"])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from dynadepth.architectures.spec import ArchitectureSpec, decoder_layers, decoder_of, text_config
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.errors import DynadepthError, UnsupportedModelError
 from dynadepth.routing.call import SublayerCall
 
 LENGTH = 8
@@ -51,10 +51,11 @@ def question(model: PreTrainedModel) -> Tensor:
     """Ids `[2, LENGTH]`, all different where the vocabulary allows."""
     vocabulary = text_config(model).vocab_size
     device = next(decoder_of(model).parameters()).device
-    if device.type == "meta":
+    away = next((name for name, parameter in model.named_parameters() if parameter.device.type == "meta"), None)
+    if away is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no weights yet (they are on the meta device): load them before "
-            "attaching routers."
+            f"{type(model).__name__} has no weights yet, or offloaded ones ({away} is on the meta device): "
+            "load them before attaching routers, all of them, on one device or over several."
         )
     return (torch.arange(2 * LENGTH, device=device).view(2, LENGTH) * 7 + 3) % vocabulary
 
@@ -64,6 +65,18 @@ def ask(model: PreTrainedModel) -> tuple[Tensor, DynamicCache]:
     cache = DynamicCache(config=text_config(model))
     outputs = decoder_of(model)(input_ids=question(model), past_key_values=cache, use_cache=True, return_dict=True)
     return outputs.last_hidden_state, cache
+
+
+def ask_routed(model: PreTrainedModel) -> Tensor:
+    """The last hidden state of a model that has just been routed."""
+    try:
+        return ask(model)[0]
+    except DynadepthError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be routed as asked: its routed forward raised {error!r}."
+        ) from error
 
 
 def observe(model: PreTrainedModel, watched: list[nn.Module]) -> Bare:
@@ -77,6 +90,8 @@ def observe(model: PreTrainedModel, watched: list[nn.Module]) -> Bare:
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in watched]
     try:
         last, cache = ask(model)
+    except DynadepthError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be probed: its forward raised {error!r}."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,6 @@ def solved_budget(table: CostTable, routing: Routing, times: float) -> float:
 
 def check_times(times: float) -> float:
     """The speed-up, if it is a number of at least 1."""
-    if not 1 <= times < math.inf:
-        raise BudgetError(f"A speed-up must be a number of at least 1, such as 1.3, not {times}.")
-    return times
+    if not isinstance(times, Real) or not 1 <= times < math.inf:
+        raise BudgetError(f"A speed-up must be a number of at least 1, such as 1.3, not {times!r}.")
+    return float(times)

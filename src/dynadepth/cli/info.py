@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from dynadepth.cli.session import facts, open_model, out, percent, progress, reporting, table
+from dynadepth.errors import AdapterError
 
 
 def info(
@@ -19,7 +20,11 @@ def info(
         if (Path(model) / "routing_config.json").is_file():
             from dynadepth.report.info import describe_routers
 
-            show_routers(model, describe_routers(model))
+            try:
+                show_routers(model, describe_routers(model))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                damaged = Path(model) / "routing_config.json"
+                raise AdapterError(f"{damaged} is damaged ({error!r}): save the routers again.") from error
             return
         loaded, _ = open_model(model)
         from dynadepth.report.info import describe_model

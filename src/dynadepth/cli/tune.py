@@ -136,6 +136,12 @@ def tune(
             settings = settings.for_method(method)
         if lora is not None:
             settings = replace(settings, lora={**settings.lora, "rank": lora})
+        from dynadepth.adapter import check_not_a_model
+        from dynadepth.tuning.trainer import check_trainable
+
+        if settings.lora:
+            check_not_a_model(out_dir)
+        check_trainable(settings)
         config = settings.config(
             target=target, granularity=granularity, kv_policy=kv_policy
         )  # what is wrong is said now

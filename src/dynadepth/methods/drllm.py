@@ -65,17 +65,27 @@ class DrLLMRouter(AbstractRouter):
     def __init__(self, hidden_size: int, hidden: int, windows: int, unit_input: bool) -> None:
         super().__init__()
         self.windows, self.unit_input = windows, unit_input
-        self.inner = nn.Linear(hidden_size, hidden, dtype=torch.float32)
-        self.outer = nn.Linear(hidden, len(ACTIONS), dtype=torch.float32)
-        for layer in (self.inner, self.outer):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.inner = _Affine(hidden_size, hidden)
+        self.outer = _Affine(hidden, len(ACTIONS))
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.unit_input:
             hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
         logits = self.outer(nn.functional.gelu(self.inner(hidden)))
         return logits.mean(-2) if self.windows > 1 else logits
+
+
+class _Affine(nn.Module):
+    """A linear layer that PEFT's `target_modules="all-linear"` does not take for one of the model's."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight, self.bias)
 
 
 def class_weights(counts: Tensor, beta: float) -> Tensor:

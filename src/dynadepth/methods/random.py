@@ -50,8 +50,8 @@ class WaveRouter(AbstractRouter):
     def __init__(self, hidden_size: int, threshold: float, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("direction", torch.randn(hidden_size, generator=generator))
-        self.register_buffer("phase", torch.rand((), generator=generator))
+        self.register_buffer("direction", torch.randn(hidden_size, generator=generator, dtype=torch.float32))
+        self.register_buffer("phase", torch.rand((), generator=generator, dtype=torch.float32))
         self.threshold.fill_(threshold)
 
     def forward(self, hidden: Tensor) -> Tensor:

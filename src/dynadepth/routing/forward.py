@@ -51,8 +51,8 @@ class RoutedModel:
         """As the base model's, plus `prompt_mask`: bool `[B, T]`, the tokens that a sequence-level router may pool.
 
         Without it: the attended tokens before the first label that is not -100 (a content-seeded prefix where there are
-        none; it is not scored then), or without labels all attended tokens. The outputs carry `depth_trace`,
-        `depth_logits` and, while training, `depth_loss`, which is part of `loss`.
+        none; it is not scored then), or without labels of tokens to predict all attended tokens. The outputs carry
+        `depth_trace`, `depth_logits` and, while training, `depth_loss`, which is part of `loss`.
         """
         base, routing, context = super().forward, self.depth_routing, current()  # type: ignore[misc]  # mixed into a model's class
         if context is not None and context.owner is routing:
@@ -64,6 +64,11 @@ class RoutedModel:
                 cache_.release()
             with entered(None):
                 return base(**kwargs)
+        if _is_captured() and not routing.is_static:
+            raise ConfigError(
+                "A traced or exported graph would keep the route of the example it was captured with for every input: "
+                "capture a static route (`tune --method static`), or the dense model with dynadepth.disabled(model)."
+            )
         return_dict = kwargs.pop("return_dict", None)
         context = open_context(self, routing, kwargs, prompt_mask)
         with entered(context):
@@ -76,9 +81,14 @@ class RoutedModel:
         """The base model's `generate`, after refusing what cannot hold a route."""
         if not is_disabled(self.depth_routing):
             config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-            config = config or self.generation_config  # type: ignore[attr-defined]  # mixed into a model's class
+            own = self.generation_config  # type: ignore[attr-defined]  # mixed into a model's class
+
+            def option(name: str) -> Any:
+                given = kwargs[name] if name in kwargs else getattr(config, name, None)
+                return getattr(own, name, None) if given is None else given  # as transformers merges them
+
             training = self.training  # type: ignore[attr-defined]  # mixed into a model's class
-            refuse_unroutable(self.depth_routing, lambda name: kwargs.get(name, getattr(config, name, None)), training)
+            refuse_unroutable(self.depth_routing, option, training)
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # mixed into a model's class
 
     @wraps(GenerationMixin._assisted_decoding)  # `generate` reads its signature
@@ -139,6 +149,11 @@ class RoutedModel:
         )
 
 
+def _is_captured() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none
+    return torch.jit.is_tracing() or bool(exporting and exporting())
+
+
 def refuse_unroutable(routing: Any, option: Any, training: bool) -> None:
     """Raises for generation options whose cache cannot hold routed state, and for tokens that would compete while they
     are written; `option(name)` looks one up."""
@@ -187,7 +202,8 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
     token_mask = mask[:, -tokens:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     pool_mask = None
     if routing.granularity.sticky and not book.complete:
-        pool_mask = _pool_mask(kwargs, source, token_mask, prompt_mask)
+        labels = kwargs.get("labels") if routing.predicts else None  # a classifier's are no tokens that could be seen
+        pool_mask = _pool_mask(kwargs, source, token_mask, prompt_mask, labels)
         prompt_length = prompted(routing)
         if prompt_length is not None:
             past = 0 if cache_ is None else cache_.seen
@@ -246,10 +262,14 @@ def _refuse_choosing(cache_: Any, experts: Any) -> None:
 
 
 def _pool_mask(
-    kwargs: dict[str, Any], source: Tensor, token_mask: Tensor | None, prompt_mask: Tensor | None
+    kwargs: dict[str, Any],
+    source: Tensor,
+    token_mask: Tensor | None,
+    prompt_mask: Tensor | None,
+    labels: Tensor | None,
 ) -> Tensor | None:
-    """The tokens that a route may depend on (design, semantic 4): bool `[B, T]`, None for all."""
-    tokens, labels = source.shape[1], kwargs.get("labels")
+    """The tokens that a route may depend on (design, semantic 4): bool `[B, T]`, None for all. `labels`: of tokens."""
+    tokens = source.shape[1]
     if prompt_mask is not None:
         prompt = prompt_mask[:, -tokens:].bool().to(source.device)
         return prompt if token_mask is None else prompt & token_mask
@@ -292,7 +312,7 @@ def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: d
         outputs["attentions"] = _whole_attentions(context, outputs.attentions)
     loss = None
     if context.masked and context.penalised:
-        loss = routing.config.depth_loss(trace, _row_weights(trace, kwargs))
+        loss = routing.config.depth_loss(trace, _row_weights(trace, kwargs if routing.predicts else {}))
         if loss is not None and getattr(outputs, "loss", None) is not None:
             outputs["loss"] = outputs.loss + loss.to(outputs.loss.dtype)
     for name, value in (("depth_trace", trace), ("depth_logits", trace.logits), ("depth_loss", loss)):

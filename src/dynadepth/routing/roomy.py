@@ -90,7 +90,7 @@ class Room:
 
 
 def _own(states: Tensor) -> Tensor:
-    whole = states.untyped_storage().nbytes() == states.nbytes
+    whole = states.untyped_storage().nbytes() == states.numel() * states.element_size()  # `nbytes` has no fake tensor
     return states if whole else states.clone(memory_format=torch.contiguous_format)
 
 

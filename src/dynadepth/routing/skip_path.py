@@ -163,17 +163,17 @@ class LinearPath(AbstractSkipPath):
     def __init__(self, hidden_size: int, rank: int, unit_input: bool = False) -> None:
         super().__init__()
         self.rank, self.unit_input = rank, unit_input
-        self.read = nn.Parameter(torch.randn(hidden_size, 3 * rank) / hidden_size**0.5)
+        self.read = nn.Parameter(torch.randn(hidden_size, 3 * rank, dtype=torch.float32) / hidden_size**0.5)
         """`[D, 3r]`: now, before, mean."""
-        self.write = nn.Parameter(torch.zeros(rank, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.write = nn.Parameter(torch.zeros(rank, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
 
     @staticmethod
     def build(hidden_size: int, rank: int, unit_input: bool) -> LinearPath:
         return LinearPath(hidden_size, min(rank, hidden_size), unit_input)
 
     def begin(self, rows: int, like: Tensor) -> Memory:
-        total = torch.zeros(rows, self.rank, device=like.device)
+        total = torch.zeros(rows, self.rank, dtype=torch.float32, device=like.device)
         return Memory(total.to(like.dtype), total, total.new_zeros(rows))
 
     def forward(

@@ -262,9 +262,26 @@ class EntryNorm:
 def subclass_like(base: type, mixin: type) -> type:
     """`mixin` put before `base`, under the base's own name and module, so that registries keyed by them still match."""
     names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    names |= {"depth_made_of": (base, mixin), "__reduce_ex__": _reduced}
     if "forward" in vars(mixin):  # classes that decorate `cls.forward` at creation must find it on the class itself
         names["forward"] = _forwarding(mixin, base)
     return type(base.__name__, (mixin, base), names)
+
+
+def _reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """For pickle, which finds classes by name, and the base under that name."""
+    made, mixins = type(self), list[type]()
+    while (made_of := vars(made).get("depth_made_of")) is not None:
+        made, mixin = made_of
+        mixins.insert(0, mixin)
+    return (_again, (made, *mixins), *object.__reduce_ex__(self, protocol)[2:])
+
+
+def _again(base: type, *mixins: type) -> Any:
+    made: Any = base
+    for mixin in mixins:
+        made = subclass_like(made, mixin)
+    return made.__new__(made)
 
 
 def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
@@ -272,6 +289,10 @@ def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
     keyword-only parameters of the mixin's are added to it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(
+            self, mixin
+        ):  # restored since, and still called by who kept this method (accelerate's autocast)
+            return type(self).forward(self, *args, **kwargs)
         return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]  # every module class has one
 
     own = inspect.signature(mixin.forward).parameters.values()  # type: ignore[attr-defined]  # every module class has one
@@ -280,6 +301,12 @@ def _forwarding(mixin: type, base: type) -> Callable[..., Any]:
     parameters[place:place] = [p for p in own if p.kind is p.KEYWORD_ONLY]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # every module class has one
     return forward
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Has the module a forward that its class knows nothing of? accelerate's hooks are no such thing: they call the
+    one they replaced."""
+    return "forward" in vars(module) and "_old_forward" not in vars(module)
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ class Recipe:
         for name in ("max_samples", "max_length", "batch_size", "gradient_accumulation", "save_steps", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        rates = {name: getattr(self, name) for name in ("learning_rate", "path_learning_rate", "lora_learning_rate")}
+        rates |= {} if self.bias_learning_rate is None else {"bias_learning_rate": self.bias_learning_rate}
+        for name, rate in rates.items():
+            if not 0 <= rate < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0, not {rate}.")
+        for name, least in (("warmup", 0), ("weight_decay", 0), ("epochs", 1e-9)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be a number {'above' if least else 'of at least'} 0, not {getattr(self, name)}."
+                )
         if not 0 < self.kl_share <= 1:
             raise ConfigError(f"kl_share must be above 0 and at most 1, not {self.kl_share}.")
         for budget in self.budgets:

@@ -35,7 +35,7 @@ from dynadepth.tuning.start import (
     start_by_token,
     state_budget,
 )
-from dynadepth.tuning.trainer import Progress, RouterTrainer, moved, trainer_for
+from dynadepth.tuning.trainer import Progress, RouterTrainer, check_trainable, moved, trainer_for
 
 
 @dataclass
@@ -114,6 +114,7 @@ def tune(
     out = Path(out)
     if is_attached(model):
         raise ConfigError("This model is already routed: dynadepth.detach(model) first.")
+    check_trainable(recipe)
     if len(examples) < 2:
         raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
 
@@ -258,6 +259,7 @@ def _train(
     checkpoint = resumable(model, out) if resume else None
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.check_finite()
     except (KeyboardInterrupt, TuningError) as error:
         routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}
         if routing.is_static:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynadepth.architectures import decoder_layers, decoder_of
-from dynadepth.errors import DataError, TuningError
+from dynadepth.errors import ConfigError, DataError, TuningError, did_you_mean
 from dynadepth.model import save
 from dynadepth.records import read_json, write_json
 from dynadepth.routed import routing_of, unwrapped
@@ -105,6 +105,17 @@ class RouterTrainer(Trainer):
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
+    def check_finite(self) -> None:
+        """After the last step, which no loss looks at: the last good parameters, and a TuningError, if it was bad."""
+        if not all(
+            value.isfinite().all() for name, value in snapshot(self.model).items() if not name.endswith("threshold")
+        ):
+            restore(self.model, self.last_good)
+            raise TuningError(
+                f"What is tuned is not finite after step {self.state.global_step}; the routers are those of the last "
+                "good step. Try a lower learning_rate, or bfloat16 instead of float16."
+            )
+
     @property
     def seconds(self) -> float:
         """Since the run began, earlier legs of an interrupted one included."""
@@ -176,6 +187,21 @@ def moved(before: dict[str, Tensor], now: dict[str, Tensor]) -> float:
     routers = [name for name in now if not name.endswith("threshold") and _kind(name) not in BESIDE]
     changes = [(now[name] - before[name]).flatten() for name in routers]
     return float(torch.cat(changes).square().mean().sqrt()) if changes else 0.0
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Raises ConfigError for settings that transformers' trainer does not know, before anything is measured."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+    from transformers.trainer_utils import SchedulerType
+
+    known = [kind.value for kind in SchedulerType]
+    if recipe.lr_scheduler not in known:
+        near = did_you_mean(recipe.lr_scheduler, known)
+        raise ConfigError(f"lr_scheduler must be one of {', '.join(known)}, not {recipe.lr_scheduler!r}.{near}")
+    try:
+        get_reporting_integration_callbacks(list(recipe.report_to))
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error}") from error
 
 
 def trainer_for(
