@@ -16,7 +16,7 @@ from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import Predictions, ce_loss, ce_sum, kl_loss, kl_sum
 from dynadepth.tuning.run import tune
 from dynadepth.tuning.surrogate import fit_paths
-from dynadepth.tuning.trainer import RouterTrainer
+from dynadepth.tuning.trainer import RouterTrainer, trainer_for
 from tuning_runs import LINEAR, RECIPE, STATIC, Tokenizer, examples, fingerprint, tiny
 
 both = pytest.mark.parametrize("recipe", [RECIPE, LINEAR], ids=["identity", "linear"])
@@ -152,6 +152,28 @@ def test_skip_paths_are_tuned_and_saved(tmp_path):
     set_budget(loaded, attention=0.5)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_path_of_a_small_scale_takes_small_steps(tmp_path):
+    """Adam's steps have one size, a path's tensors the scale of the model's states: none may be swept away."""
+    model = tiny()
+    recipe = dataclasses.replace(LINEAR, path_learning_rate=1e-3)
+    attach(model, recipe.config())
+    paths = list(routing_of(model).paths().values())
+    with torch.no_grad():
+        for path in paths:
+            for tensor in path.parameters():
+                tensor.copy_(torch.randn_like(tensor))
+        paths[0].read.mul_(1e-3)
+        paths[1].bias.zero_()
+    trainer = trainer_for(model, examples(), Collator(0), recipe, tmp_path, 0.5, 0, None)
+    rates = {id(p): g["lr"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
+    small = {id(paths[0].read): 0.03 * paths[0].read.square().mean().sqrt().item()}
+    for path in paths:
+        for tensor in path.parameters():
+            assert rates[id(tensor)] == pytest.approx(small.get(id(tensor), 1e-3))
+    learnt = {id(p) for p in model.parameters() if p.requires_grad}
+    assert set(rates) == learnt, "each parameter once"
 
 
 def test_routers_learn_in_their_share_of_the_steps_and_paths_in_all(tmp_path):

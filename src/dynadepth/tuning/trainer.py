@@ -36,6 +36,9 @@ BESIDE = ("paths", "lora")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """`progress(stage, done, total, figures)`."""
 
+LARGEST_STEP = 0.03
+"""Of a skip path's tensor, beside its root mean square: the largest step of the optimiser."""
+
 
 class RouterTrainer(Trainer):
     """A Trainer whose checkpoints hold routers, and that stops at the first bad loss."""
@@ -101,7 +104,8 @@ class RouterTrainer(Trainer):
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameters[_kind(name)].append(parameter)
-            groups = [{"params": parameters[kind], "lr": rate} for kind, rate in rates.items()]
+            groups = [{"params": parameters[kind], "lr": rate} for kind, rate in rates.items() if kind != "paths"]
+            groups += [{"params": [tensor], "lr": path_rate(tensor, rates["paths"])} for tensor in parameters["paths"]]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
@@ -131,6 +135,16 @@ class RouterTrainer(Trainer):
             leg = read_json(Path(resume_from_checkpoint) / LEG)
             self.before, self.losses = float(leg["seconds"]), [float(loss) for loss in leg["losses"]]
         restore_from(self.model, Path(resume_from_checkpoint))
+
+
+def path_rate(tensor: Tensor, rate: float) -> float:
+    """The learning rate of a skip path's tensor: `rate`, but at most `LARGEST_STEP` of its root mean square as fitted.
+
+    Adam's steps are as large as the rate, whatever the tensor's scale, which follows that of the model's states: the
+    rows that read Gemma-3-270M's embeddings are a hundred times smaller than those of the layers above.
+    """
+    size = float(tensor.detach().float().square().mean().sqrt())
+    return min(rate, LARGEST_STEP * size) if size > 0 else rate
 
 
 def rest_backbone(model: nn.Module) -> None:
