@@ -67,6 +67,9 @@ class DrLLMRouter(AbstractRouter):
         self.windows, self.unit_input = windows, unit_input
         self.inner = _Affine(hidden_size, hidden)
         self.outer = _Affine(hidden, len(ACTIONS))
+        for layer in (self.inner, self.outer):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.unit_input:
@@ -80,9 +83,8 @@ class _Affine(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32))
-        nn.init.xavier_uniform_(self.weight)
+        plain = nn.Linear(inputs, outputs, dtype=torch.float32)
+        self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self.weight, self.bias)
