@@ -139,7 +139,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ConfigError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
         dtype = getattr(torch, dtype)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -185,7 +185,7 @@ def _from_pretrained(auto: Any, model: str | Path, **options: Any) -> Any:
     source = resolve(model)
     try:
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:, ")
         way_out = _WAYS_OUT
         if Path(source).parent == cache_dir() / "models":

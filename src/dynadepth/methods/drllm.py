@@ -83,7 +83,7 @@ class _Affine(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        plain = nn.Linear(inputs, outputs, dtype=torch.float32)
+        plain = nn.Linear(inputs, outputs, dtype=torch.float32)  # so that a seed gives the routers it always gave
         self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
