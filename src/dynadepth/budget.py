@@ -68,7 +68,9 @@ def joined(texts: Iterable[Sequence[int]], length: int, count: int) -> list[list
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:count] or [ids]
 
 
-def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, float]:
+def importance(
+    model: nn.Module, batches: Batches, target: str, progress: Callable[[int, int], None] | None = None
+) -> dict[Site, float]:
     """1 − cosine of the residual stream before and after each sublayer of a target, mean over real tokens.
 
     Measured in the dense model, on the residual stream itself (after any post-norm), so that families whose sublayers
@@ -80,7 +82,7 @@ def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, fl
     layers = {i: layer for i, layer in enumerate(decoder_layers(base, spec)) if hasattr(layer, spec.attention)}
     totals = dict.fromkeys(layers, 0.0)
     tokens = 0
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         mask = batch["attention_mask"].bool()
         streams = _residual_streams(model, spec, list(layers.values()), batch)
         for index, (before_layer, after_attention, after_layer) in zip(layers, streams, strict=True):
@@ -92,6 +94,8 @@ def importance(model: nn.Module, batches: Batches, target: str) -> dict[Site, fl
             cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
             totals[index] += float(((1 - cosine) * mask.to(cosine.device)).sum())
         tokens += int(mask.sum())
+        if progress:
+            progress(done, len(batches))
     return {Site(index, target): total / max(tokens, 1) for index, total in totals.items()}
 
 

@@ -197,6 +197,19 @@ def test_routers_learn_in_their_share_of_the_steps_and_paths_in_all(tmp_path):
     assert not torch.equal(flat[5][1], flat[11][1])
 
 
+def test_every_stage_tells_how_far_it_is(tmp_path):
+    """On a large model each of them takes minutes."""
+    stages = {}
+    recipe = dataclasses.replace(LINEAR, order="ranks", choose=True)
+    tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path, budget=0.5,
+         progress=lambda stage, done, total, _: stages.setdefault(stage, []).append((done, total)))  # fmt: skip
+    assert list(stages) == ["fit", "importance", "compare", "tune", "calibrate"]
+    assert all(told[-1][0] == told[-1][1] for told in stages.values())
+    finished = {stage: sum(done == total for done, total in told) for stage, told in stages.items()}
+    assert finished["importance"] == 2, "damage, then 1 - cosine"
+    assert finished["compare"] >= 3, "before, between routers and route, and after"
+
+
 def test_a_step_in_which_everything_executes_teaches_nothing(tmp_path):
     recipe = dataclasses.replace(LINEAR, joint=0.0, budgets=())
     result = tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path, budget=1.0)

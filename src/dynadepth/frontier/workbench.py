@@ -128,8 +128,13 @@ class Workbench:
                 if made == settings:
                     return scores
         examples = self.examples(row, recipe)
-        self.tell("measuring importance")
-        scores = scores_of(self.model, examples, pad_token_id(self.tokenizer), target)
+        scores = scores_of(
+            self.model,
+            examples,
+            pad_token_id(self.tokenizer),
+            target,
+            lambda done, total: self.tell(f"importance: {done} of {total}"),
+        )
         write_scores(own, settings, {"cosine": scores}, self.settings.seed, self.model.dtype)
         return scores
 

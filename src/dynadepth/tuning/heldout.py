@@ -39,9 +39,14 @@ class Distance:
         return sum(self.kl) / max(self.tokens, 1)
 
 
-def distance(model: nn.Module, examples: Sequence[Example], collator: Collator) -> Distance:
+def distance(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    progress: Callable[[int, int], None] | None = None,
+) -> Distance:
     """Of the model as it stands."""
-    return distances(model, examples, collator, [nullcontext])[0]
+    return distances(model, examples, collator, [nullcontext], progress)[0]
 
 
 def distances(

@@ -44,16 +44,16 @@ def scores_by(
 ) -> Scores:
     """Importance of the routed sites by one of a recipe's orders: 1 − cosine of the examples, damage of the held-out
     ones, the sum of both ranks, or (`auto`) 1 − cosine unless damage clearly loses less
-    (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of the damage."""
+    (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of each in turn."""
     pad = pad_token_id(tokenizer)
     if order == "cosine" or (order == "auto" and not routing_of(model).granularity.sticky):
-        return _cosine(model, examples, pad)
+        return _cosine(model, examples, pad, progress)
     windows = prompts_to_batches(_windows(model, heldout, DAMAGE_WINDOWS), pad)
     with torch.no_grad():
         harm = alone(Damage(model, windows, DAMAGE_STRIDE), progress)
     if order == "damage":
         return harm
-    cosine = _cosine(model, examples, pad)
+    cosine = _cosine(model, examples, pad, progress)
     if order == "ranks":
         return by_rank(cosine, harm)
     losses = compared(model, [cosine, harm], long_texts(model, tokenizer))
@@ -82,14 +82,21 @@ def by_rank(cosine: Mapping[Site, float], harm: Mapping[Site, float]) -> Scores:
     return {site: first[site] + second[site] + second[site] / (2 * len(harm)) for site in harm}
 
 
-def scores_of(model: nn.Module, examples: Sequence[Example], pad: int, target: str) -> Scores:
+def scores_of(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad: int,
+    target: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
     """1 − cosine importance of the target's sublayers on the texts of tuning examples, held-out ones among them, put
     end to end.
 
     The windows are long because attentions that copy from the context look dispensable where there is little of it, and
     then stand early in the order.
     """
-    return importance(model, prompts_to_batches(_windows(model, examples, WINDOWS), pad, batch_size=2), target)
+    windows = prompts_to_batches(_windows(model, examples, WINDOWS), pad, batch_size=2)
+    return importance(model, windows, target, progress)
 
 
 def _windows(model: nn.Module, examples: Sequence[Example], count: int) -> list[list[int]]:
@@ -106,7 +113,9 @@ def _length(model: nn.Module) -> int:
     return min(WINDOW, getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW)
 
 
-def _cosine(model: nn.Module, examples: Sequence[Example], pad: int) -> Scores:
+def _cosine(
+    model: nn.Module, examples: Sequence[Example], pad: int, progress: Callable[[int, int], None] | None
+) -> Scores:
     routing = routing_of(model)
-    scores = scores_of(model, examples, pad, routing.target.name)
+    scores = scores_of(model, examples, pad, routing.target.name, progress)
     return {site: score for site, score in scores.items() if site in routing.states}

@@ -126,19 +126,20 @@ def tune(
         detach(model)
         raise
     learnt = snapshot(model)
-    before = distance(model, start.heldout, start.collator)
+    compare = _stage(progress, "compare")
+    before = distance(model, start.heldout, start.collator, compare)
     trainer = _train(model, start, recipe, out, seed, resume, started, progress)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     way = moved(learnt, snapshot(model))
     choice = _set(model, start, recipe, progress)
-    after = distance(model, start.heldout, start.collator)
+    after = distance(model, start.heldout, start.collator, compare)
     routing = routing_of(model)
     skip = budgets.static_skip(start.measured.scores, start.budget, routing.n_layers)
     if isinstance(routing.config, StaticConfig):
         skip = routing.config.skip
     order, kl_static = in_order(start.measured.scores), None
     if not routing.is_static and after.keep is not None:
-        (sums,) = twins(model, start.heldout, start.collator, order, [after.keep.all])
+        (sums,) = twins(model, start.heldout, start.collator, order, [after.keep.all], compare)
         kl_static = sum(sums) / max(after.tokens, 1)
     result = TuneResult(
         directory=str(out),
@@ -236,7 +237,7 @@ def _measure(
 ) -> Measured:
     """Fits the skip paths, and measures what the recipe's order needs."""
     explained = fit(model, training, pad_token_id(tokenizer), _stage(progress, "fit"))
-    stage = _stage(progress, "importance by removal")
+    stage = _stage(progress, "importance")
     return Measured(scores_by(model, recipe.order, examples, heldout, tokenizer, stage), explained)
 
 
