@@ -197,7 +197,7 @@ def test_static_damage_orders_by_what_is_lost_with_the_skip_path_in_place(opened
     monkeypatch.setattr(Damage, "of", lambda *_: pytest.fail("measured again"))
     run_frontier(*opened, asked, tmp_path)
     forget_cells(tmp_path)
-    monkeypatch.setattr(workbench, "FIT_TOKENS", 50)
+    monkeypatch.setattr(workbench, "fit_tokens", lambda model: 50)
     with pytest.raises(
         ConfigError, match=r"static-damage(\.json)? were (made|measured) with other settings \(.*50 here"
     ):
@@ -221,7 +221,7 @@ def test_fitted_paths_are_used_again_where_settings_are_the_same(opened, setting
     assert not any("made again" in line for line in told[1:]), "said once"
     assert weights.read_bytes()[100:] == whole[100:]
     forget_cells(tmp_path)
-    monkeypatch.setattr(workbench, "FIT_TOKENS", 50)
+    monkeypatch.setattr(workbench, "fit_tokens", lambda model: 50)
     with pytest.raises(ConfigError, match=r"static-linear were made with other settings \(fit: tokens is 32768 there"):
         run_frontier(*opened, asked, tmp_path)
 

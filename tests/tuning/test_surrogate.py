@@ -10,13 +10,15 @@ from dynadepth import MindSkipConfig, attach, routing_of
 from dynadepth.errors import ConfigError
 from dynadepth.routing.skip_path import Reality
 from dynadepth.tuning import surrogate
+from dynadepth.tuning.data import Example
+from dynadepth.tuning.start import fit_batches, fit_tokens
 from dynadepth.tuning.surrogate import fit_paths
 
 
-def batches(side="right"):
+def batches(side="right", seed=0):
     made = []
-    for seed, lengths in ((0, (40, 31, 25)), (1, (36, 36, 9))):
-        generator = torch.Generator().manual_seed(seed)
+    for half, lengths in ((0, (40, 31, 25)), (1, (36, 36, 9))):
+        generator = torch.Generator().manual_seed(2 * seed + half)
         ids = torch.randint(1, 90, (3, 40), generator=generator)
         column = torch.arange(40)
         mask = torch.stack([column < n if side == "right" else column >= 40 - n for n in lengths]).long()
@@ -72,7 +74,30 @@ def test_what_is_explained_is_what_the_path_gets_right(name, target, side):
         assert explained[site] > 0.05
 
 
-def test_full_rank_is_ridge_regression_and_less_rank_explains_less():
+def regression(name, layer, data):
+    """What a layer's path is fitted on, by definition, in float64: features with ones behind, and contributions."""
+    features, wanted = [], []
+    for batch in data:
+        mask = batch["attention_mask"].bool()
+        hidden, out = seen(name, "attention", layer, batch)
+        for row in range(len(mask)):
+            h = hidden[row][mask[row]]
+            before = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+            mean = torch.stack([h[: t + 1].mean(0) for t in range(len(h))])
+            features.append(torch.cat([h, before, mean, torch.ones(len(h), 1)], 1))
+            wanted.append(out[row][mask[row]])
+    return torch.cat(features).double(), torch.cat(wanted).double()
+
+
+def ridge_regression(x, y, ridge):
+    moments = x.T @ x / len(x)
+    damping = (ridge * moments.diagonal()[:-1].mean()).expand(len(moments)).clone()
+    damping[-1] = 1e-6
+    return torch.linalg.solve(moments + damping.diag(), x.T @ y / len(x))
+
+
+def test_full_rank_is_ridge_regression_and_less_rank_explains_less(monkeypatch):
+    monkeypatch.setattr(surrogate, "RIDGES", (0.01,))
     data = batches()
     shares = {rank: fit_paths(routed(rank=rank), data) for rank in (2, 8, 32)}
     for site in shares[32]:
@@ -80,25 +105,44 @@ def test_full_rank_is_ridge_regression_and_less_rank_explains_less():
     model = routed(rank=32)
     fit_paths(model, data)
     site, path = list(routing_of(model).paths().items())[1]
-    features, wanted = [], []
-    for batch in data:
-        mask = batch["attention_mask"].bool()
-        hidden, out = seen("llama", "attention", site.layer, batch)
-        for row in range(3):
-            h = hidden[row][mask[row]]
-            before = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
-            mean = torch.stack([h[: t + 1].mean(0) for t in range(len(h))])
-            features.append(torch.cat([h, before, mean], 1))
-            wanted.append(out[row][mask[row]])
-    x, y = torch.cat(features).double(), torch.cat(wanted).double()
-    ones = torch.cat([x, torch.ones(len(x), 1)], 1)
-    moments = ones.T @ ones / len(x)
-    damping = torch.full((97,), float(surrogate.RIDGE * moments.diagonal()[:-1].mean()), dtype=torch.float64)
-    damping[-1] = 1e-6
-    weights = torch.linalg.solve(moments + damping.diag(), ones.T @ y / len(x))
+    weights = ridge_regression(*regression("llama", site.layer, data), 0.01)
     read = torch.cat(path.read.chunk(3, dim=1), 0).double()
     torch.testing.assert_close(read @ path.write.double(), weights[:-1], atol=2e-3, rtol=1e-2)
     torch.testing.assert_close(path.bias.double(), weights[-1], atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("n_batches", [2, 5, 12])
+def test_the_ridge_is_the_least_that_is_good_enough_on_batches_held_out(n_batches, monkeypatch):
+    """Few tokens for 97 features: the least ridge fits noise, as held-out batches tell. All are fitted on at last."""
+    ridges = (1e-6, 1e-2, 1.0, 1e3)
+    monkeypatch.setattr(surrogate, "RIDGES", ridges)
+    data = [batch for seed in range(-(-n_batches // 2)) for batch in batches(seed=seed)][:n_batches]
+    held = data[3::8] or data[1:]
+    others = [batch for batch in data if not any(batch is one for one in held)]
+    model = routed(rank=32)
+    fit_paths(model, data)
+    taken = set()
+    for site, path in routing_of(model).paths().items():
+        x, y = regression("llama", site.layer, others)
+        new_x, new_y = regression("llama", site.layer, held)
+        errors = [float((new_x @ ridge_regression(x, y, ridge) - new_y).square().sum()) for ridge in ridges]
+        enough = min(errors) + 0.02 * float((new_y - y.mean(0)).square().sum())
+        ridge = next(ridge for ridge, error in zip(ridges, errors, strict=True) if error <= enough)
+        weights = ridge_regression(*regression("llama", site.layer, data), ridge)
+        found = torch.cat(path.read.chunk(3, dim=1), 0).double() @ path.write.double()
+        torch.testing.assert_close(found, weights[:-1], atol=5e-3, rtol=2e-2)
+        taken.add(ridge)
+    few = n_batches < 12
+    assert bool(taken & set(ridges[1:])) == few, "with enough tokens the least is good enough"
+
+
+def test_a_wide_model_is_fitted_on_more_tokens():
+    model = routed()
+    assert fit_tokens(model) == 32_768
+    model.config.hidden_size = 4096  # 12,289 features
+    assert fit_tokens(model) == 16 * 12_289
+    texts = [Example(list(range(500)), 0) for _ in range(600)]
+    assert sum(int(batch["attention_mask"].sum()) for batch in fit_batches(model, texts, 0)) == 197_000
 
 
 def test_a_small_memory_takes_more_passes_and_gives_the_same():

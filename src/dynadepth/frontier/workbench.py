@@ -32,7 +32,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
 from dynadepth.tuning.orders import scores_of
-from dynadepth.tuning.start import FIT_TOKENS
+from dynadepth.tuning.start import fit_tokens
 from dynadepth.tuning.surrogate import fit_paths
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Workbench:
 
     def fit_settings(self, row: str, recipe: Recipe, config: StaticConfig) -> dict[str, Any]:
         """What fitted skip paths depend on, as JSON."""
-        fit = {"config": config.to_dict(), "tokens": FIT_TOKENS}
+        fit = {"config": config.to_dict(), "tokens": fit_tokens(self.model)}
         return plain({**self.text_settings(row, recipe), "fit": fit})
 
     def is_fitted(self, row: str, recipe: Recipe, config: StaticConfig) -> bool:
@@ -217,7 +217,7 @@ class Workbench:
         folder = self.out / ROUTERS / row
         if self.is_fitted(row, recipe, config):
             return folder
-        texts = self.batches(self.split(row, recipe)[1], FIT_TOKENS)
+        texts = self.batches(self.split(row, recipe)[1], fit_tokens(self.model))
         started = time.monotonic()
         attach(self.model, config)
         try:

@@ -15,15 +15,15 @@ from dynadepth.budget import Batches, in_order, pin_threshold, prompts_to_batche
 from dynadepth.dial import check_budget, set_budget
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
-from dynadepth.routed import routing_of
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
 from dynadepth.tuning.recipe import Recipe
-from dynadepth.tuning.surrogate import fit_paths
+from dynadepth.tuning.surrogate import TOKENS_A_FEATURE, fit_paths, n_features
 from dynadepth.tuning.token_routers import fit_token_routers
 
 FIT_TOKENS = 32_768
-"""Tokens of the training examples that skip paths are fitted on; what more would bring, tuning brings."""
+"""Tokens of the training examples that skip paths are fitted on at least; what more would bring, tuning brings."""
 
 PINNED = 2
 """Batches, the longest ones, on which the first threshold of routers of tokens is measured."""
@@ -87,11 +87,17 @@ def initialise(model: nn.Module, recipe: Recipe, scores: Mapping[Site, float], b
             router.threshold.fill_(float(torch.quantile(biases, 1 - keep_of(model, budget))))
 
 
-def fit_batches(training: Sequence[Example], pad: int) -> Batches:
+def fit_tokens(model: nn.Module) -> int:
+    """How many tokens a model's skip paths are fitted on: the wider it is, the more features they have."""
+    hidden_size = unwrapped(model).config.get_text_config(decoder=True).hidden_size
+    return max(FIT_TOKENS, TOKENS_A_FEATURE * n_features(hidden_size))
+
+
+def fit_batches(model: nn.Module, training: Sequence[Example], pad: int) -> Batches:
     """The training examples on which something starts in closed form."""
-    chosen, tokens = [], 0
+    chosen, tokens, enough = [], 0, fit_tokens(model)
     for example in training:
-        if tokens < FIT_TOKENS:
+        if tokens < enough:
             chosen.append(example.input_ids)
             tokens += len(example.input_ids)
     return prompts_to_batches(chosen, pad)
@@ -104,7 +110,7 @@ def fit(
     explains is returned; None without paths."""
     if not routing_of(model).paths():
         return None
-    explained = fit_paths(model, fit_batches(training, pad), progress)
+    explained = fit_paths(model, fit_batches(model, training, pad), progress)
     return {str(site): share for site, share in explained.items()}
 
 
@@ -119,7 +125,7 @@ def start_by_token(
     """With `init: importance`, routers of tokens start in closed form behind the skip paths, set to the budget."""
     routing = routing_of(model)
     if recipe.init == "importance" and not routing.granularity.sticky and not routing.is_static:
-        batches = fit_batches(training, pad)
+        batches = fit_batches(model, training, pad)
         fit_token_routers(model, batches, progress)
         pin_threshold(model, batches[-PINNED:], keep_of(model, budget))
 

@@ -4,6 +4,9 @@ may see.
 All sites are fitted to the dense model's own stream, whatever will be skipped together, since one set of paths serves
 every budget. The target is what the host adds to the residual stream, behind any post-norm. Only the normal equations
 are kept: (3D+1)² + (3D+1)·D float32 numbers a site, in as many passes over the batches as `memory` asks for.
+
+A model of width D has 3D + 1 features, for which a fit of minutes has few tokens where D is large. So each ridge is
+chosen on batches that are held out for it, and these are fitted on, too, afterwards.
 """
 
 from __future__ import annotations
@@ -24,8 +27,14 @@ from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.routing.skip_path import LinearPath, Reality
 
-RIDGE = 1e-2
-"""Added to the diagonal, as a share of its mean."""
+RIDGES = (1e-2, 0.1, 1.0)
+"""Added to the diagonal, as shares of its mean: of each site the least that is good enough (`CLOSE`)."""
+CLOSE = 0.02
+"""Of the variance of the held-out contributions: what the ridge taken may explain less than the best one."""
+HELD_OUT = 8
+"""One batch of so many chooses ridges, and at least one of two."""
+TOKENS_A_FEATURE = 16
+"""That a fit wants at least."""
 MEMORY = 4 * 1024**3
 """Bytes of normal equations held at once."""
 
@@ -52,6 +61,23 @@ class _Equations:
         self.tokens += len(features)
 
 
+@dataclass(frozen=True)
+class _Map:
+    """contribution = features · read · write + bias: `[3D, r]`, `[r, D]`, `[D]`."""
+
+    read: Tensor
+    write: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return features[:, :-1] @ self.read @ self.write + self.bias
+
+
+def n_features(hidden_size: int) -> int:
+    """Of a linear path's fit: now, before, mean, and one."""
+    return 3 * hidden_size + 1
+
+
 def fit_paths(
     model: nn.Module, batches: Batches, progress: Callable[[int, int], None] | None = None, memory: int = MEMORY
 ) -> dict[Site, float]:
@@ -65,11 +91,13 @@ def fit_paths(
         raise ConfigError("No site has a linear skip path to fit: set skip_path to linear.")
     size = next(iter(paths.values())).bias.shape[0]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    if tokens < 3 * size + 1:
+    if tokens < n_features(size):
         raise ConfigError(
-            f"{tokens} tokens are too few to fit skip paths of {3 * size + 1} features: give at least as many."
+            f"{tokens} tokens are too few to fit skip paths of {n_features(size)} features: give at least as many."
         )
-    each = 4 * (3 * size + 1) * (4 * size + 1)
+    held_out = batches[HELD_OUT // 2 - 1 :: HELD_OUT] or batches[1:]
+    others = [batch for batch in batches if not any(batch is held for held in held_out)]
+    each = 4 * n_features(size) * (n_features(size) + size)
     sites, group = list(paths), max(1, memory // each)
     explained: dict[Site, float] = {}
     total = len(batches) * -(-len(sites) // group)
@@ -78,16 +106,31 @@ def fit_paths(
         chosen = {site: paths[site] for site in sites[start : start + group]}
         device = next(iter(chosen.values())).bias.device
         equations = {site: _Equations.empty(size, device) for site in chosen}
-        for batch in batches:
+        candidates: dict[Site, list[_Map]] = {}
+        errors = {site: torch.zeros(1 + len(RIDGES), device=device) for site in chosen}
+        for batch in [*others, *held_out]:
+            if held_out and batch is held_out[0]:
+                candidates = {
+                    site: [_constant(known), *(_solved(known, ridge, paths[site].rank) for ridge in RIDGES)]
+                    for site, known in equations.items()
+                }
             mask = batch["attention_mask"].bool().to(device)
             reality = Reality.of(mask)
             for site, hidden, contribution in observed(model, batch, list(chosen)):
-                equations[site].add(_features(chosen[site], hidden, reality)[mask], contribution[mask].float())
+                features, wanted = _features(chosen[site], hidden, reality)[mask], contribution[mask].float()
+                for i, candidate in enumerate(candidates.get(site, ())):
+                    errors[site][i] += (candidate(features) - wanted).square().sum()
+                equations[site].add(features, wanted)
             done += 1
             if progress:
                 progress(done, total)
         for site, path in chosen.items():
-            explained[site] = _solve(path, equations[site])
+            found = _solved(equations[site], _ridge(errors[site]), path.rank)
+            explained[site] = _explained(found, equations[site])
+            with torch.no_grad():
+                path.read.copy_(torch.cat(found.read.chunk(3, dim=0), dim=1))
+                path.write.copy_(found.write)
+                path.bias.copy_(found.bias)
     return explained
 
 
@@ -101,28 +144,45 @@ def _features(path: LinearPath, hidden: Tensor, reality: Reality) -> Tensor:
     return torch.cat([now, before, mean, torch.ones_like(now[..., :1])], -1)
 
 
-def _solve(path: LinearPath, equations: _Equations) -> float:
-    """Puts the best map of the path's rank in place; returns the share of variance explained."""
-    n = equations.tokens
-    moments, both = equations.features / n, equations.both / n
-    ridge = RIDGE * moments.diagonal()[:-1].mean()
-    damping = ridge.expand(len(moments)).clone()
+def _constant(equations: _Equations) -> _Map:
+    """The mean contribution, whatever the features are."""
+    size = equations.both.shape[1]
+    nothing = equations.both.new_zeros(3 * size, 0)
+    return _Map(nothing, equations.both.new_zeros(0, size), equations.both[-1] / equations.tokens)
+
+
+def _solved(equations: _Equations, ridge: float, rank: int) -> _Map:
+    """The best map of a rank."""
+    moments, both = equations.features / equations.tokens, equations.both / equations.tokens
+    damping = (ridge * moments.diagonal()[:-1].mean()).expand(len(moments)).clone()
     damping[-1] = 1e-6  # the constant feature is not shrunk
     weights = torch.linalg.solve(moments + torch.diag(damping), both)
     slopes, bias = weights[:-1], weights[-1]
     # The outputs' directions that carry most of the prediction's variance (reduced-rank regression).
     mean = moments[-1, :-1]
     spread = moments[:-1, :-1] - torch.outer(mean, mean)
-    basis = torch.linalg.eigh(slopes.T @ spread @ slopes).eigenvectors[:, -path.rank :]
-    reduced = slopes @ basis @ basis.T
-    bias = bias + mean @ (slopes - reduced)
-    with torch.no_grad():
-        path.read.copy_(torch.cat((slopes @ basis).chunk(3, dim=0), dim=1))
-        path.write.copy_(basis.T)
-        path.bias.copy_(bias)
+    basis = torch.linalg.eigh(slopes.T @ spread @ slopes).eigenvectors[:, -rank:]
+    read = slopes @ basis
+    return _Map(read, basis.T, bias + mean @ slopes - mean @ read @ basis.T)
+
+
+def _ridge(errors: Tensor) -> float:
+    """The one to take, from the held-out errors of the mean and of each in `RIDGES`; the first where none is known."""
+    variance, *each = errors.tolist()
+    enough = min(each) + CLOSE * variance
+    return next((ridge for ridge, error in zip(RIDGES, each, strict=True) if error <= enough), RIDGES[0])
+
+
+def _explained(found: _Map, equations: _Equations) -> float:
+    """The share of variance that a map explains of what it was fitted on."""
+    n = equations.tokens
+    moments, both = equations.features / n, equations.both / n
+    mean = moments[-1, :-1]
+    slopes = found.read @ found.write
+    spread = moments[:-1, :-1] - torch.outer(mean, mean)
     cross = both[:-1] - torch.outer(mean, both[-1])
     variance = equations.square / n - both[-1].square().sum()
-    error = variance - 2 * (reduced * cross).sum() + (reduced * (spread @ reduced)).sum()
+    error = variance - 2 * (slopes * cross).sum() + (slopes * (spread @ slopes)).sum()
     return float(1 - error / variance)
 
 
