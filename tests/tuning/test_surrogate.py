@@ -111,13 +111,13 @@ def test_full_rank_is_ridge_regression_and_less_rank_explains_less(monkeypatch):
     torch.testing.assert_close(path.bias.double(), weights[-1], atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("n_batches", [2, 5, 12])
+@pytest.mark.parametrize("n_batches", [2, 3, 5, 12])
 def test_the_ridge_is_the_least_that_is_good_enough_on_batches_held_out(n_batches, monkeypatch):
     """Few tokens for 97 features: the least ridge fits noise, as held-out batches tell. All are fitted on at last."""
     ridges = (1e-6, 1e-2, 1.0, 1e3)
     monkeypatch.setattr(surrogate, "RIDGES", ridges)
     data = [batch for seed in range(-(-n_batches // 2)) for batch in batches(seed=seed)][:n_batches]
-    held = data[3::8] or data[1:]
+    held = data[3::8] or data[1:2]
     others = [batch for batch in data if not any(batch is one for one in held)]
     model = routed(rank=32)
     fit_paths(model, data)

@@ -95,7 +95,7 @@ def fit_paths(
         raise ConfigError(
             f"{tokens} tokens are too few to fit skip paths of {n_features(size)} features: give at least as many."
         )
-    held_out = batches[HELD_OUT // 2 - 1 :: HELD_OUT] or batches[1:]
+    held_out = batches[HELD_OUT // 2 - 1 :: HELD_OUT] or batches[1:2]
     others = [batch for batch in batches if not any(batch is held for held in held_out)]
     each = 4 * n_features(size) * (n_features(size) + size)
     sites, group = list(paths), max(1, memory // each)
