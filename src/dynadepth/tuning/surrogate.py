@@ -50,8 +50,7 @@ class _Equations:
 
     @staticmethod
     def empty(size: int, device: torch.device) -> _Equations:
-        n = 3 * size + 1
-        zeros = torch.zeros
+        n, zeros = n_features(size), torch.zeros
         return _Equations(zeros(n, n, device=device), zeros(n, size, device=device), zeros((), device=device))
 
     def add(self, features: Tensor, contributions: Tensor) -> None:
@@ -71,6 +70,38 @@ class _Map:
 
     def __call__(self, features: Tensor) -> Tensor:
         return features[:, :-1] @ self.read @ self.write + self.bias
+
+
+class _Fit:
+    """One path's: the equations so far, the maps that they give once held-out batches come, and what these miss."""
+
+    def __init__(self, path: LinearPath) -> None:
+        self.path = path
+        self.equations = _Equations.empty(path.bias.shape[0], path.bias.device)
+        self.candidates: list[_Map] = []
+        self.missed = torch.zeros(1 + len(RIDGES), device=path.bias.device)
+        """By the mean contribution, and by the map of each ridge: sums of squares."""
+
+    def propose(self) -> None:
+        """From now on batches are held out: what they are fitted on comes behind what is known of them."""
+        maps = (_solved(self.equations, ridge, self.path.rank) for ridge in RIDGES)
+        self.candidates = [_constant(self.equations), *maps]
+
+    def add(self, hidden: Tensor, contribution: Tensor, reality: Reality) -> None:
+        features = _features(self.path, hidden, reality)[reality.real]
+        wanted = contribution[reality.real].float()
+        for i, candidate in enumerate(self.candidates):
+            self.missed[i] += (candidate(features) - wanted).square().sum()
+        self.equations.add(features, wanted)
+
+    def finish(self) -> float:
+        """Puts the map in place; returns the share of variance that it explains."""
+        found = _solved(self.equations, _ridge(self.missed), self.path.rank)
+        with torch.no_grad():
+            self.path.read.copy_(torch.cat(found.read.chunk(3, dim=0), dim=1))
+            self.path.write.copy_(found.write)
+            self.path.bias.copy_(found.bias)
+        return _explained(found, self.equations)
 
 
 def n_features(hidden_size: int) -> int:
@@ -103,34 +134,18 @@ def fit_paths(
     total = len(batches) * -(-len(sites) // group)
     done = 0
     for start in range(0, len(sites), group):
-        chosen = {site: paths[site] for site in sites[start : start + group]}
-        device = next(iter(chosen.values())).bias.device
-        equations = {site: _Equations.empty(size, device) for site in chosen}
-        candidates: dict[Site, list[_Map]] = {}
-        errors = {site: torch.zeros(1 + len(RIDGES), device=device) for site in chosen}
+        fits = {site: _Fit(paths[site]) for site in sites[start : start + group]}
         for batch in [*others, *held_out]:
             if held_out and batch is held_out[0]:
-                candidates = {
-                    site: [_constant(known), *(_solved(known, ridge, paths[site].rank) for ridge in RIDGES)]
-                    for site, known in equations.items()
-                }
-            mask = batch["attention_mask"].bool().to(device)
-            reality = Reality.of(mask)
-            for site, hidden, contribution in observed(model, batch, list(chosen)):
-                features, wanted = _features(chosen[site], hidden, reality)[mask], contribution[mask].float()
-                for i, candidate in enumerate(candidates.get(site, ())):
-                    errors[site][i] += (candidate(features) - wanted).square().sum()
-                equations[site].add(features, wanted)
+                for fit in fits.values():
+                    fit.propose()
+            reality = Reality.of(batch["attention_mask"].bool().to(next(iter(fits.values())).path.bias.device))
+            for site, hidden, contribution in observed(model, batch, list(fits)):
+                fits[site].add(hidden, contribution, reality)
             done += 1
             if progress:
                 progress(done, total)
-        for site, path in chosen.items():
-            found = _solved(equations[site], _ridge(errors[site]), path.rank)
-            explained[site] = _explained(found, equations[site])
-            with torch.no_grad():
-                path.read.copy_(torch.cat(found.read.chunk(3, dim=0), dim=1))
-                path.write.copy_(found.write)
-                path.bias.copy_(found.bias)
+        explained |= {site: fit.finish() for site, fit in fits.items()}
     return explained
 
 
@@ -166,9 +181,9 @@ def _solved(equations: _Equations, ridge: float, rank: int) -> _Map:
     return _Map(read, basis.T, bias + mean @ slopes - mean @ read @ basis.T)
 
 
-def _ridge(errors: Tensor) -> float:
-    """The one to take, from the held-out errors of the mean and of each in `RIDGES`; the first where none is known."""
-    variance, *each = errors.tolist()
+def _ridge(missed: Tensor) -> float:
+    """The one to take, by what the mean and each of `RIDGES` missed; the first where nothing was held out."""
+    variance, *each = missed.tolist()
     enough = min(each) + CLOSE * variance
     return next((ridge for ridge, error in zip(RIDGES, each, strict=True) if error <= enough), RIDGES[0])
 
