@@ -26,6 +26,7 @@ from dynadepth.budget import (
     prompts_to_batches,
     quantile_threshold,
     static_skip,
+    up_to,
 )
 from dynadepth.errors import BudgetError
 from dynadepth.methods.static import skip_count
@@ -114,6 +115,14 @@ def test_joined_texts_are_windows_of_one_length_in_their_order(texts, length, co
         assert len(windows) == min(count, len(flat) // length)
     else:
         assert windows == [flat]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=8), st.integers(1, 60))
+def test_whole_texts_up_to_so_many_tokens(texts, tokens):
+    chosen = up_to(iter(texts), tokens)
+    assert chosen == texts[: len(chosen)]
+    assert sum(map(len, chosen[:-1])) < tokens, "the last one was wanted"
+    assert len(chosen) == len(texts) or sum(map(len, chosen)) >= tokens
 
 
 def test_importance_ignores_padding():

@@ -147,7 +147,7 @@ def measured(arguments: argparse.Namespace) -> dict:
         "context": arguments.context,
         "new_tokens": arguments.new_tokens,
         "keep": KEEP,
-        "provenance": provenance(dtype="bfloat16"),
+        "provenance": provenance(dtype="bfloat16", model={"name": arguments.model}),
     }
 
 

@@ -17,6 +17,8 @@ MIXED = 0.90
 """Share of the nominal saving in batches of 8 rows with routes of their own."""
 OVERHEAD = 0.02
 """Price of routing where everything executes."""
+NOISY = 0.2
+"""Spread of the noisiest model that a figure is made of, dense and pruned among them, from which on it is printed."""
 
 
 def speed(cells: list[dict], phase: str) -> list[str]:
@@ -42,11 +44,11 @@ def said(cell: dict) -> str:
     if cell["routed_s"] is None:
         return "–"
     efficiency, ideal = cell["nominal_efficiency"], cell["ideal_saving"]
+    spread = f", spread {cell['spread']:.0%}" if (cell["spread"] or 0.0) >= NOISY else ""
     if cell["keep_ratio"] == 1.0:
-        return f"{cell['overhead']:+.1%}"
-    if efficiency is None:
-        return f"{cell['speedup']:.2f}× of {1 / (1 - ideal):.2f}×"
-    return f"{cell['speedup']:.2f}× of {1 / (1 - ideal):.2f}× ({efficiency:.2f})"
+        return f"{cell['overhead']:+.1%}{spread}"
+    found = f"{cell['speedup']:.2f}× of {1 / (1 - ideal):.2f}×"
+    return found + (spread if efficiency is None else f" ({efficiency:.2f}{spread})")
 
 
 def memory(cells: list[dict]) -> list[str]:

@@ -159,6 +159,8 @@ def work(kind: str, name: str, batch: int, length: int, seed: int = 0) -> None:
 
 def measured(arguments: argparse.Namespace) -> dict:
     """The document: figures of every kind, and their share of full fine-tuning's."""
+    import torch  # noqa: F401  # whose threads are named
+
     from dynadepth.provenance import provenance
 
     asked = [arguments.model, "--batch", str(arguments.batch), "--length", str(arguments.length)]
@@ -179,7 +181,7 @@ def measured(arguments: argparse.Namespace) -> dict:
         "kinds": {kind: figures(samples[kind], last[kind], tokens) for kind in KINDS},
         "batch": arguments.batch,
         "length": arguments.length,
-        "provenance": provenance(seed=0, dtype=last["full"]["dtype"]),
+        "provenance": provenance(seed=0, dtype=last["full"]["dtype"], model={"name": arguments.model}),
     }
 
 

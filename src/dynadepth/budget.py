@@ -57,6 +57,17 @@ def prompts_to_batches(prompts: Iterable[Sequence[int]], pad: int, batch_size: i
     return batches
 
 
+def up_to(texts: Iterable[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """The first texts, whole, up to the one with which they have so many `tokens`; all where they have fewer."""
+    chosen, total = [], 0
+    for text in texts:
+        if total >= tokens:
+            break
+        chosen.append(text)
+        total += len(text)
+    return chosen
+
+
 def joined(texts: Iterable[Sequence[int]], length: int, count: int) -> list[list[int]]:
     """The first `count` windows of `length` tokens of the texts put end to end; one shorter window of texts that fill
     none."""

@@ -94,7 +94,7 @@ def attach(model: M, config: DepthConfig) -> M:
             norm, unit_input = _norms(routing.target, spec, layers[site.layer])
             path = skip_path_named(config.skip_path).build(text_config(base).hidden_size, config.skip_rank, unit_input)
             state.skip_path = path.to(_device_of(module, device_dtype))
-            state.post_norm = path.streams and norm is not None
+            state.post_norm = norm is not None
             if not routing.granularity.sticky and routing.target.keeps_kv and config.kv_policy == "project":
                 is_block = module is not attention
                 state.project = probing.kv_projector(base, spec, bare, site.layer, attention, is_block)

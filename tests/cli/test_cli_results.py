@@ -326,6 +326,7 @@ def test_tune_can_choose(run, model_folder, data, tmp_path):
     choice = saved["provenance"]["result"]["choice"]
     assert [row["budget"] for row in choice["by_budget"]] == [0.875, 0.75, 0.625, 0.5]
     assert saved["config"]["method"] == {"static": "static", "routers": "mindskip"}[choice["chosen"]]
+    assert saved["provenance"]["recipe"]["order"] == "auto", "the order is chosen, too"
     sentence = f"chosen: {choice['chosen']} ({choice['why']})"
     assert sentence in " ".join(result.stdout.split())
     assert "4 budgets, 8 held-out texts)" in sentence

@@ -10,6 +10,7 @@ import torch
 from runs import forget_cells
 
 from dynadepth import attach, detach, is_attached, load, lora, recording, routing_of
+from dynadepth.budget import prompts_to_batches, up_to
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier import makers, orders, run, static, workbench
@@ -22,6 +23,7 @@ from dynadepth.removal import Damage
 from dynadepth.report.frontier_table import compared
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import load_recipe
+from dynadepth.tuning.data import pad_token_id
 from saved_model import WORDS, attach_routers, save_routers
 
 
@@ -185,7 +187,8 @@ def test_static_damage_orders_by_what_is_lost_with_the_skip_path_in_place(opened
     scores = json.loads(file.read_text())["alone"]
     # the same by plain forwards under the saved paths
     model, bench = opened[0], Workbench(*opened, asked, tmp_path)
-    texts = bench.batches(bench.split("static-damage", load_recipe())[0], orders.TOKENS)
+    heldout = bench.split("static-damage", load_recipe())[0]
+    texts = prompts_to_batches(up_to((e.input_ids for e in heldout), orders.TOKENS), pad_token_id(opened[1]))
     load(model, tmp_path / "routers" / "static-damage")
     damage = Damage(model, texts, stride=orders.STRIDE)
     assert scores == pytest.approx({str(site): damage.of([site]) for site in damage.sites}, rel=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import dynadepth
 from dynadepth.architectures import spec_for
 from dynadepth.architectures.probe import alone_read
-from dynadepth.routing.sublayer import EntryNorm
+from dynadepth.routing.sublayer import EntryNorm, RoutedNorm
 from transfers import host_transfers
 
 from .matrix import BATCH, ONCE, SHORT, TOKENS, Cell, in_chunks, inputs, over, routed
@@ -173,6 +173,36 @@ def test_the_norm_before_a_known_skip_is_not_computed(name: str, monkeypatch: py
     assert all((norm in computed) == (index != 1) for index, norm in enumerate(norms) if norm is not None)
     dynadepth.detach(model)
     assert not any(isinstance(module, EntryNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("granularity", ["static", "sequence", "token"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_norm_behind_a_skipped_sublayer_is_not_computed(
+    name: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros would come out of it as zeros."""
+    behind = spec_for(tiny(name)).attention_norms[1]
+    if behind is None:
+        pytest.skip("it has no norm behind its attention")
+    config: Any = dynadepth.StaticConfig(skip=(1,))
+    if granularity != "static":
+        policy = "drop" if granularity == "token" else "project"
+        config = dynadepth.MindSkipConfig(layers="all", granularity=granularity, kv_policy=policy)
+    model = dynadepth.attach(tiny(name), config)
+    norms, computed = [getattr(layer, behind) for layer in layers_of(model)], []
+    (base,) = {type(norm).__mro__[2] if isinstance(norm, RoutedNorm) else type(norm) for norm in norms}
+    plain = base.forward
+
+    def counted(self: Any, hidden: Any) -> Any:
+        computed.append(self)
+        return plain(self, hidden)
+
+    monkeypatch.setattr(base, "forward", counted)
+    skipping = {dynadepth.Site(1, "attention"): False}
+    routes = nullcontext() if granularity == "static" else dynadepth.fixed_routes(model, skipping)
+    with routes:
+        model.generate(**inputs(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert [norm in computed for norm in norms] == [index != 1 for index in range(LAYERS)]
 
 
 def test_a_norm_that_others_read_too_is_always_computed() -> None:

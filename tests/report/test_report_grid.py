@@ -17,7 +17,7 @@ def stamp(**changes) -> dict:
 def cell(batch=1, context=32, phase="prefill", **changes) -> dict:
     values = {
         "variant": "sequence@0.5", "batch": batch, "context": context, "phase": phase, "speedup": 1.25,
-        "nominal_efficiency": 0.9, "overhead": -0.2, "routed_s": 0.8,
+        "nominal_efficiency": 0.9, "keep_ratio": 0.5, "overhead": -0.2, "routed_s": 0.8,
     }  # fmt: skip
     return {**values, **changes}
 
@@ -70,7 +70,7 @@ def test_a_panel_a_variant_and_phase(tmp_path):
         for c in (32, 512)
     ]
     cells.append(cell(1, 32, "generate", variant="execute_all"))
-    cells[0] = cell(variant="sequence@0.5", nominal_efficiency=None, overhead=0.013)
+    cells[0] = cell(variant="sequence@0.5", nominal_efficiency=None, keep_ratio=1.0, overhead=0.013)
     figure = heat_map(cells)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [f"{v}, {p}" for v in ("sequence@0.5", "token-drop@0.5") for p in ("prefill", "decode")]

@@ -107,7 +107,7 @@ class Reader(Tokenizer):
 def test_auto_is_damage_where_it_clearly_loses_less(tmp_path, monkeypatch, losses):
     asked = []
 
-    def compared(model, scores, texts):
+    def compared(model, scores, texts, progress):
         asked.extend([*scores, texts])
         return losses
 
@@ -129,14 +129,24 @@ def test_orders_are_compared_by_what_they_skip_together():
     def both(*layers):
         return (lost_on(model, texts, set(layers[:1])) + lost_on(model, texts, set(layers))) / 2
 
-    found = orders.compared(model, scores, texts)
+    told = []
+    found = orders.compared(model, scores, texts, lambda *progress: told.append(progress))
     assert found == pytest.approx([both(2, 0), both(1, 3)], rel=1e-4)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_where_tokens_decide_auto_is_one_minus_cosine(tmp_path):
     recipe = dataclasses.replace(LINEAR, order="auto", max_steps=1, method={**LINEAR.method, "granularity": "token"})
     result = tune(tiny(), Tokenizer(), examples(n=60), recipe, out=tmp_path, budget=0.5)  # which reads no texts
     assert tuple(result.order) == in_order(scores_of(tiny().eval(), examples(n=60), 0, "attention"))
+
+
+def test_in_doubt_the_order_is_measured_too():
+    doubtful = LINEAR.in_doubt()
+    assert (LINEAR.order, LINEAR.choose) == ("cosine", False)
+    assert (doubtful.order, doubtful.choose) == ("auto", True)
+    named = dataclasses.replace(LINEAR, order="ranks").in_doubt()
+    assert (named.order, named.choose) == ("ranks", True), "what a recipe names stays"
 
 
 def test_unknown_and_contradicting_orders():

@@ -77,10 +77,10 @@ def grid(
     Times are medians in seconds of the `unit` for the whole batch; `spread` is the largest interquartile range over
     median among them. Beyond the keys of the command line's contract a cell has `saving` (1 - routed over dense) and
     `ideal_saving` (what FLOPs or bytes say: see `ideal`), `spreads` and `tokens_per_s` per model, `nominal_s` and
-    `nominal_efficiency` (see the module), `keep_ratio` of the routed sites, `overhead` (routed over dense, less one),
-    `peak_bytes` per model (of a prefill, its cache included), `samples`, and `beyond_positions`
-    where the work is longer than the model was made for, so that its time means something and its text does not. A
-    cell's own model goes by its variant's name there.
+    `nominal_efficiency` (see the module), `keep_ratio` of the routed sites and `keep_ratio_all` of all of the target,
+    `overhead` (routed over dense, less one), `peak_bytes` per model (of a prefill, its cache included), `samples`, and
+    `beyond_positions` where the work is longer than the model was made for, so that its time means something and its
+    text does not. A cell's own model goes by its variant's name there.
     """
     batches, contexts, variants, compare = list(batches), list(contexts), list(variants), list(compare)
     _check(prompts_ids, batches, contexts, new_tokens, repeats, variants, seconds)
@@ -131,6 +131,15 @@ class _Bench:
                 "routed": lambda: self._routed(model),
                 "execute_all": lambda: self._finished(execute_all_copy(model)),
             }
+            config = routing_of(model).config
+            if "execute_all" in variants and not config.has_thresholds:
+                del copies["execute_all"]
+                warnings.warn(
+                    f"What routing itself costs is not timed: routers of method {config.name!r} have no threshold that "
+                    "would let everything execute.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             self.own = {name: copies[name]() for name in copies if name in variants}
         self.compared = {variant: self._finished(build(self.plain, variant)) for variant in compare}
         self.pruned: dict[_Twin, PreTrainedModel] = {}
@@ -273,6 +282,7 @@ def _cell(model: PreTrainedModel, work: Work, name: str, phase: str, samples: Ma
         "ideal_saving": None,
         "overhead": routed_s / dense_s - 1.0 if routed_s else None,
         "keep_ratio": 1.0 if name == "execute_all" else None,
+        "keep_ratio_all": 1.0 if name == "execute_all" else None,
         "nominal_s": None,
         "nominal_efficiency": None,
         "spreads": spreads,
@@ -289,7 +299,9 @@ def _tokens(work: Work, phase: str) -> int:
 
 def _add_keep(cell: Cell, model: PreTrainedModel, work: Work, kept: Mapping[Site, list[float]]) -> None:
     """Fills in what was executed, and what that should save by the model of `ideal`."""
-    cell["keep_ratio"] = sum(min(sum(shares) / len(shares), 1.0) for shares in kept.values()) / len(kept)
+    skipped = sum(1.0 - min(sum(shares) / len(shares), 1.0) for shares in kept.values())
+    cell["keep_ratio"] = 1.0 - skipped / len(kept)
+    cell["keep_ratio_all"] = 1.0 - skipped / routing_of(model).n_layers
     size = (work.ids_BT.shape[0], work.context, work.new_tokens)
     cell["ideal_saving"] = ideal_saving(model, kept, cell["phase"], *size)
 
@@ -309,10 +321,10 @@ def _add_pruned(
     pruned_s, dense_s, routed_s = median(pruned), cell["dense_s"], cell["routed_s"]
     saving = dense_s - pruned_s
     single = all(set(shares) == {twin.passes(site)} for site, shares in kept.items())
+    cell["spreads"]["pruned"] = spread(pruned)  # of what the nominal saving is made of, too
+    cell["spread"] = _largest(cell["spreads"])
     if single:
         cell["pruned_s"], cell["nominal_s"] = pruned_s, pruned_s
-        cell["spreads"]["pruned"] = spread(pruned)
-        cell["spread"] = _largest(cell["spreads"])
         cell["tokens_per_s"]["pruned"] = _tokens(work, phase) / pruned_s
     elif not twin.absent:  # rows that repeat beside rows that do not, and nothing skipped: no saving to measure by
         return

@@ -39,7 +39,7 @@ from dynadepth.routing.whole_route import decide_each
 
 Progress = Callable[[str], object]
 
-FORMAT = 2
+FORMAT = 3
 ROUNDS = 5
 """Of each model, after one that warms up: as many prefills."""
 STEPS = 8

@@ -26,6 +26,7 @@ from dynadepth.benchmark.memory import cache_bytes, keeping_freed, peak_watch
 from dynadepth.cost import PARTS
 from dynadepth.routing.cache import RoutedCache
 from dynadepth.routing.decision import Site
+from dynadepth.routing.sparse_layer import SparseLayer
 
 FEWEST = 3
 """Rounds that run however long they take: prefills of a minute need no more to agree, or to show that they do not."""
@@ -97,9 +98,8 @@ class Work:
         assert out.shape[1] == self.context + n
 
     def _forward(self, model: PreTrainedModel, cache: Cache | None, start: int, end: int) -> Cache:
-        mask = torch.ones_like(self.ids_BT[:, :end])
-        ids = self.ids_BT[:, start:end]
-        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids = self.ids_BT[:, start:end]  # without a mask, as `generate` runs what has no padding
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.past_key_values
 
 
@@ -169,24 +169,37 @@ def _look_at_memory(models: Mapping[str, PreTrainedModel], work: Work, samples: 
 
 
 def check_length(model: PreTrainedModel, cache: Cache, length: int) -> None:
-    """Asserts that a cache is really filled: it answers `length`, and each layer that stores keys stores that many."""
+    """Asserts that a cache is really filled: it answers `length`, and each layer that stores keys stores that many;
+    where keys of skipped tokens are dropped, at most that many a row."""
     if isinstance(cache, RoutedCache):
         assert cache.seen == length, f"the cache saw {cache.seen} tokens, not {length}"
+        sticky = {site.layer for site in cache.routes if "attention" in PARTS[site.target]}
+        for number, layer in enumerate(cache.layers):
+            if isinstance(layer, SparseLayer):
+                rows = 0 if layer.positions is None else len(layer.positions)
+                assert layer.stored(length) <= rows * length, f"layer {number} holds more than {length} tokens a row"
+            elif number not in sticky and hasattr(layer, "keys"):
+                assert layer.keys is not None, f"layer {number} was left empty"
+                _check_keys(layer, length)
         for site, route in cache.routes.items():
             keys = getattr(cache.layers[site.layer], "keys", None)
             if "attention" in PARTS[site.target] and any(route):
-                window = getattr(cache.layers[site.layer], "sliding_window", None) or length + 1
                 assert keys is not None, f"{site} was left empty"
                 rows = sum(map(bool, route))
                 assert keys.shape[0] == rows, f"{site} holds {keys.shape[0]} rows where {rows} execute"
-                assert keys.shape[-2] == min(length, window - 1), f"{keys.shape[-2]} keys for {length} tokens"
+                _check_keys(cache.layers[site.layer], length)
         return
     filled: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     assert len(filled) in (len(decoder_layers(model)), 0), "a layer of the cache was left empty"
     for layer in filled:
-        window = layer.sliding_window if getattr(layer, "is_sliding", False) else length + 1
         assert layer.get_seq_length() == length, f"the cache answers {layer.get_seq_length()} tokens, not {length}"
-        assert layer.keys.shape[-2] == min(length, window - 1), f"{layer.keys.shape[-2]} keys for {length} tokens"
+        _check_keys(layer, length)
+
+
+def _check_keys(layer: Any, length: int) -> None:
+    window = layer.sliding_window if getattr(layer, "is_sliding", False) else length + 1
+    held = layer.keys.shape[-2]
+    assert held == min(length, window - 1), f"{held} keys for {length} tokens"
 
 
 def held_bytes(cache: Cache) -> int:
@@ -222,9 +235,10 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _rotated(names: Mapping[str, Any] | Sequence[str], by: int) -> list[str]:
+def _rotated(names: Mapping[str, Any] | Sequence[str], round_: int) -> list[str]:
+    """Another one comes first in each round; in `FEWEST` rounds each stands early, late and between."""
     order = list(names)
-    shift = by % len(order) if order else 0
+    shift = (round_ % FEWEST * len(order) // FEWEST + round_ // FEWEST) % len(order) if order else 0
     return order[shift:] + order[:shift]
 
 

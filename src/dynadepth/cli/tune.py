@@ -57,9 +57,9 @@ def tune(
             "--method",
             metavar="NAME",
             help="mindskip, static (one route for every input), drllm (with --routes), or auto: tunes the recipe's "
-            "method, and saves a static route with its skip paths unless the routers are better on held-out text. With "
-            "--routes, static finds the best route for all prompts, and auto takes it unless routers answer more. "
-            "(default: the recipe's)",
+            "method in the order of sublayers that loses less on long texts, and saves a static route with its skip "
+            "paths unless the routers are better on held-out text. With --routes, static finds the best route for all "
+            "prompts, and auto takes it unless routers answer more. (default: the recipe's)",
         ),
     ] = None,
     budget: Annotated[
@@ -131,7 +131,7 @@ def tune(
             return
         settings = load_recipe(recipe or DEFAULT)
         if method == "auto":
-            settings = replace(settings, choose=True)
+            settings = settings.in_doubt()
         elif method is not None:
             settings = settings.for_method(method)
         if lora is not None:

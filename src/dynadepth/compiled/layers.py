@@ -168,11 +168,12 @@ class Plan:
         streams = state.skip_path.streams
         if not streams or state.target.keeps_kv:  # an MLP is given no cache to remember in
             replaced: dict[nn.Module, nn.Module] = {routed: Skipped(state)}
-            if state.post_norm and norm is not None:
+            if norm is not None:
                 replaced[norm] = nn.Identity()
             self.skipped = _twin(layer, replaced)
-        if state.target.keeps_kv and not state.post_norm:
-            self.parted = _twin(layer, {routed: Parted(twin_of(routed, {}), state)})
+        if state.target.keeps_kv:
+            part = Parted(twin_of(routed, {}), state, None if norm is None else twin_of(norm, {}))
+            self.parted = _twin(layer, {routed: part} if norm is None else {routed: part, norm: nn.Identity()})
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """The layer's output in a tuple, or None where the ordinary way has to be taken."""

@@ -47,28 +47,28 @@ def compile_model(model: M) -> M:
                 f"{type(base).__name__} cannot be compiled: layer {index} keeps its keys in place {place} of the cache "
                 "(layers were taken out or moved?); set its attention's layer_idx and the config's num_hidden_layers."
             )
-    base.compiled_linears = []
-    if any(linear.mixin_for(module) for module in base.modules()):
-        reason = kernel.load()
-        if reason is None:
-            base.compiled_linears = linear.make_small(base)  # before twins are made of them
-        else:
-            warnings.warn(
-                f"Linear layers and skip paths stay PyTorch's own, which take longer for a few rows: {reason}.",
-                UserWarning,
-                stacklevel=2,
-            )
     routing: Any = routing_of(base) if is_attached(base) else None
-    steps = Steps(routing)
     states = {} if routing is None else {site.layer: state for site, state in routing.states.items()}
     norms = {"attention": spec.attention_norms[1], "mlp": spec.mlp_norms[1]}
-    for index, layer in enumerate(layers):
-        state = states.get(index)
-        name = None if state is None else norms.get(state.target.name)
-        plan: Any = Plan(index, layer, steps, state, name)
-        layer.compiled_plan = plan
-        swap_class(layer, CompiledLayer)
+    base.compiled_linears = []
     try:
+        if any(linear.mixin_for(module) for module in base.modules()):
+            reason = kernel.load()
+            if reason is None:
+                base.compiled_linears = linear.make_small(base)  # before twins are made of them
+            else:
+                warnings.warn(
+                    f"Linear layers and skip paths stay PyTorch's own, which take longer for a few rows: {reason}.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        steps = Steps(routing)
+        for index, layer in enumerate(layers):
+            state = states.get(index)
+            name = None if state is None else norms.get(state.target.name)
+            plan: Any = Plan(index, layer, steps, state, name)
+            layer.compiled_plan = plan
+            swap_class(layer, CompiledLayer)
         _check(base, steps)
     except BaseException:
         uncompile(model)

@@ -91,11 +91,11 @@ class Skipped(nn.Module):
 
 
 class Parted(nn.Module):
-    """Stands for an attention that some rows execute and the others skip."""
+    """Stands for an attention that some rows execute and the others skip, and for the norm behind it, if any."""
 
-    def __init__(self, attention: nn.Module, state: SublayerState) -> None:
+    def __init__(self, attention: nn.Module, state: SublayerState, norm: nn.Module | None) -> None:
         super().__init__()
-        self.attention, self.skipped = attention, Skipped(state)
+        self.attention, self.skipped, self.norm = attention, Skipped(state), norm
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         rows = store_of(kwargs).rows
@@ -104,6 +104,8 @@ class Parted(nn.Module):
         call = SublayerCall(self.attention, (), {"hidden_states": hidden_states, **kwargs}).rows(executing)
         result = call()
         output = result if self.skipped.extras is None else result[0]
+        if self.norm is not None:
+            output = self.norm(output)
         whole = hidden_states.new_zeros(hidden_states.shape).index_copy(0, executing, output)
         contribution = self.skipped.contribution(hidden_states.index_select(0, skipping), kwargs)
         if contribution is not None:

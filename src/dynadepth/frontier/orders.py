@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dynadepth.budget import in_order
+from dynadepth.budget import in_order, prompts_to_batches, up_to
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.frontier.scores import Scores, read_scores, scores_path, write_scores
 from dynadepth.frontier.workbench import Workbench
@@ -25,6 +25,7 @@ from dynadepth.recipe_files import difference
 from dynadepth.removal import Damage, GreedySearch, alone
 from dynadepth.report.cells import plain
 from dynadepth.tuning import load_recipe
+from dynadepth.tuning.data import pad_token_id
 
 TOKENS, STRIDE, PATIENCE = 4096, 4, 8
 """Of importance by removal: held-out tokens read, of which every so many are compared, and candidates a greedy round.
@@ -164,7 +165,8 @@ def _parsed(path: Path) -> tuple[dict[str, Any], _Removal]:
 @contextmanager
 def _measuring(bench: Workbench, name: str, target: str, paths: Path | None = None) -> Iterator[Damage]:
     """The damage of removals from the bare model, what is removed contributing nothing, or what saved `paths` say."""
-    texts = bench.batches(bench.split(name, load_recipe())[0], TOKENS)
+    heldout = bench.split(name, load_recipe())[0]
+    texts = prompts_to_batches(up_to((e.input_ids for e in heldout), TOKENS), pad_token_id(bench.tokenizer))
     bench.tell("importance by removal: the dense model's answers")
     if paths is None:
         attach(bench.model, StaticConfig(target=target, layers="all"))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
-from dynadepth.budget import Batches, prompts_to_batches
 from dynadepth.errors import AdapterError, ConfigError, DataError, NewerFormatError
 from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.frontier.scores import read_scores, scores_path, write_scores
@@ -32,7 +31,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
 from dynadepth.tuning.orders import scores_of
-from dynadepth.tuning.start import fit_tokens
+from dynadepth.tuning.start import fit_batches, fit_tokens
 from dynadepth.tuning.surrogate import fit_paths
 
 if TYPE_CHECKING:
@@ -109,14 +108,6 @@ class Workbench:
         examples = self.examples(row, recipe)
         held = max(1, round(recipe.holdout * len(examples)))
         return examples[:held], examples[held:]
-
-    def batches(self, examples: list[Example], tokens: int | None = None) -> Batches:
-        """Whole texts, up to the one with which they have so many `tokens`."""
-        texts: list[list[int]] = []
-        for example in examples:
-            if tokens is None or sum(map(len, texts)) < tokens:
-                texts.append(example.input_ids)
-        return prompts_to_batches(texts, pad_token_id(self.tokenizer))
 
     def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:
         """1 − cosine importance of the target's sublayers, on the method's tuning data; measured once."""
@@ -217,7 +208,7 @@ class Workbench:
         folder = self.out / ROUTERS / row
         if self.is_fitted(row, recipe, config):
             return folder
-        texts = self.batches(self.split(row, recipe)[1], fit_tokens(self.model))
+        texts = fit_batches(self.model, self.split(row, recipe)[1], pad_token_id(self.tokenizer))
         started = time.monotonic()
         attach(self.model, config)
         try:

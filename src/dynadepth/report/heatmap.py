@@ -7,6 +7,7 @@ costs, and 2 % has the colour of an efficiency of 0.9.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,18 @@ def _panel(axes: Axes, cells: Sequence[Cell], batches: list[int], contexts: list
 
 
 def _shade(cell: Cell) -> float:
-    """0 to 1: the efficiency, or for what saves nothing 1 less five times its cost."""
+    """0 to 1: the efficiency, or where everything executes 1 less five times its cost; nan (no colour) where a pruned
+    model was no faster, so that nothing was to be saved."""
     efficiency = cell["nominal_efficiency"]
+    if efficiency is None and cell["keep_ratio"] != 1.0:
+        return math.nan
     return min(max(1.0 - 5.0 * cell["overhead"] if efficiency is None else efficiency, 0.0), 1.0)
 
 
 def _words(cell: Cell) -> str:
     efficiency = cell["nominal_efficiency"]
-    second = f"{cell['overhead']:+.1%}" if efficiency is None else f"{efficiency:.2f}"
+    nothing = f"{cell['overhead']:+.1%}" if cell["keep_ratio"] == 1.0 else "–"
+    second = nothing if efficiency is None else f"{efficiency:.2f}"
     return f"{cell['speedup']:.2f}×\n{second}"
 
 

@@ -209,14 +209,17 @@ class PerToken(Granularity):
         from dynadepth.routing.token_kv import run_tokens
         from dynadepth.routing.token_parts import counted, part_length, run_parts
 
-        execute, batch = decision.execute, len(call.hidden)
-        padding = None if context.token_mask is None else ~context.token_mask
-        if padding is not None:
-            execute = execute & ~padding
-        everything = execute if padding is None else execute | padding
+        execute, batch, real = decision.execute, len(call.hidden), context.token_mask
+        if real is not None:
+            execute = execute & real
         part = part_length(state, call, context)
         # The site's one host transfer: how many tokens of each row execute, and whether any real token skips.
-        *flat, whole = torch.cat([counted(execute, part).flatten(), everything.all().long().unsqueeze(0)]).tolist()
+        if call.hidden.shape[1] == 1 and real is None:
+            flat = execute.int().flatten().tolist()
+            whole = all(flat)
+        else:
+            everything = execute if real is None else execute | ~real
+            *flat, whole = torch.cat([counted(execute, part).flatten(), everything.all().long().unsqueeze(0)]).tolist()
         if whole:
             return self._run_whole(state, call, context, decision.weight)
         if not state.target.keeps_kv:

@@ -51,7 +51,7 @@ class SublayerState:
     skip_path: AbstractSkipPath = field(default_factory=IdentityPath)
     post_norm: bool = False
     """Does the host norm the module's output before adding it? A skip path stands for what is added, so it must get
-    around that norm (see `RoutedNorm`)."""
+    around that norm, and zeros, which it leaves alone, need not go through it (see `RoutedNorm`)."""
 
     def known(self, context: ForwardContext) -> Injection | None:
         """The decision that needs no router: injected, or constant; None where the router must be asked."""
@@ -93,14 +93,16 @@ class SublayerState:
             if self.target.name == "block":
                 context.attention_fixes[self.site.layer] = weights
         contribution = self.contribution(hidden, context)
-        if self.post_norm and contribution is not None:
-            context.after_norm[self.site] = lambda norm, output: output
+        if self.post_norm:
+            context.after_norm[self.site] = _past_the_norm
         return self.wrap(self.target.skipped(hidden, contribution), weights)
 
     def idle(self, hidden: Tensor, context: ForwardContext) -> Any:
         """As `skip_all`, where the path is the identity and no weights are wanted. Zeros are made once a forward."""
         if self.target.name == "block":
             return self.wrap(hidden, None)
+        if self.post_norm:
+            context.after_norm[self.site] = _past_the_norm
         zeros = context.zeros
         if zeros is None or zeros.shape != hidden.shape or zeros.device != hidden.device or zeros.dtype != hidden.dtype:
             zeros = context.zeros = self.target.skipped(hidden, None)
@@ -202,6 +204,10 @@ class SublayerState:
 
 def _unchanged(weights: Tensor) -> Tensor:
     return weights
+
+
+def _past_the_norm(norm: Callable[..., Tensor], output: Tensor) -> Tensor:
+    return output
 
 
 class RoutedSublayer:

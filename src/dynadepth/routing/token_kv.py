@@ -106,24 +106,18 @@ class TokenKV:
             keys, values = self._merge(keys, values, *args, **kwargs)
         return (keys, values) if len(self.rows) == self.batch else (keys[self.rows], values[self.rows])
 
-    def _merge(self, keys: Tensor | None, values: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _merge(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         merged = []
         assert self.skipped is not None
         skip_rows, skip_index, *projected = self.skipped
         for new, skipped in zip((keys, values), projected, strict=True):
             full = skipped.new_empty(self.batch, skipped.shape[1], self.length, skipped.shape[3])
             fill_in(full, skip_rows, skip_index, skipped)  # both sources are right for every token they name
-            if new is not None:
-                fill_in(full, self.rows, self.index, new)
+            fill_in(full, self.rows, self.index, new)
             merged.append(full)
         if self.context.cache is None:
             return merged[0], merged[1]
         return self.context.cache.update(merged[0], merged[1], self.state.site.layer, *args, **kwargs)
-
-    def write_skipped(self) -> None:
-        """No token executes: only projected keys and values are stored."""
-        if self.context.cache is not None:
-            self._merge(None, None)
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         full_keys, full_values = keys, values
@@ -184,9 +178,13 @@ def run_tokens(
     check_mask(mask)
     batch, length = hidden.shape[:2]
     device = hidden.device
-    if state.kv_policy == "drop" and not any(counts):
+    if not any(counts):
         if (store := sparse_layer(state, context)) is not None:
             store.holes = True
+        elif state.kv_policy == "project" and context.cache is not None:
+            assert state.project is not None
+            keys, values = state.project(hidden, call.kwargs.get("position_embeddings"))
+            context.cache.update(keys, values, state.site.layer)
         return state.skip_all(call, context)
     rows, index, valid = chosen(execute, counts)
     longest = index.shape[1]
@@ -195,9 +193,6 @@ def run_tokens(
         kv.skipped = project_skipped(state, call, execute, counts)
     elif kv.store is not None:
         kv.store.holes = True
-    if not longest:
-        kv.write_skipped()
-        return state.skip_all(call, context)
 
     query = context.past + index
     if state.kv_policy == "drop":
@@ -254,10 +249,13 @@ def place(
 ) -> None:
     """Puts what the module returned for tokens `index` of `rows` into the `output` `[B, T, D]` of all tokens, where
     `valid`."""
-    executed, fill = state.hidden_of(result), output[rows[:, None], index]
+    executed = state.hidden_of(result)
     if weight is not None:
         executed = state.target.weighted(hidden[rows[:, None], index], executed, weight[rows[:, None], index])
-    output[rows[:, None], index] = torch.where(valid.unsqueeze(-1), executed.to(output.dtype), fill)
+    executed = executed.to(output.dtype)
+    if len(rows) > 1:  # one row has no fillers
+        executed = torch.where(valid.unsqueeze(-1), executed, output[rows[:, None], index])
+    output[rows[:, None], index] = executed
 
 
 def finished(state: SublayerState, hidden: Tensor, output: Tensor, execute: Tensor, context: ForwardContext) -> Tensor:

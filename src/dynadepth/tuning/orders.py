@@ -56,18 +56,30 @@ def scores_by(
     cosine = _cosine(model, examples, pad, progress)
     if order == "ranks":
         return by_rank(cosine, harm)
-    losses = compared(model, [cosine, harm], long_texts(model, tokenizer))
+    losses = compared(model, [cosine, harm], long_texts(model, tokenizer), progress)
     return harm if losses[1] < CLEARLY * losses[0] else cosine
 
 
-def compared(model: nn.Module, orders: Sequence[Scores], texts: Sequence[Sequence[int]]) -> list[float]:
+def compared(
+    model: nn.Module,
+    orders: Sequence[Scores],
+    texts: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
     """KL(dense‖routed) on `texts` of skipping the first sublayers of each order together, with their paths in place:
     the mean over `SHARES` of the sites."""
     with torch.no_grad():
         damage = Damage(model, prompts_to_batches(texts, 0, batch_size=1), DAMAGE_STRIDE)
         counts = [round(share * len(damage.sites)) for share in SHARES]
         ranked = [sorted(scores, key=scores.__getitem__) for scores in orders]
-        return [sum(damage.of(order[:count]) for count in counts) / len(counts) for order in ranked]
+        routes = [order[:count] for order in ranked for count in counts]
+        losses = []
+        for done, route in enumerate(routes, 1):
+            losses.append(damage.of(route))
+            if progress:
+                progress(done, len(routes))
+    each = len(counts)
+    return [sum(losses[start : start + each]) / each for start in range(0, len(losses), each)]
 
 
 def long_texts(model: nn.Module, tokenizer: Any) -> list[list[int]]:

@@ -195,6 +195,12 @@ class Recipe:
         kept = {name: value for name, value in self.method.items() if name in known}
         return dataclasses.replace(self, method={**kept, "method": method}, choose=False)
 
+    def in_doubt(self) -> Recipe:
+        """This recipe with what can be told by measuring left to measurement: routers or a static route, and the order
+        that both start from, where the recipe has the default one."""
+        order = "auto" if self.order == "cosine" else self.order
+        return dataclasses.replace(self, choose=True, order=order)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

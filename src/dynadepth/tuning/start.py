@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynadepth.budget import Batches, in_order, pin_threshold, prompts_to_batches, units_needed
+from dynadepth.budget import Batches, in_order, pin_threshold, prompts_to_batches, units_needed, up_to
 from dynadepth.dial import check_budget, set_budget
 from dynadepth.errors import ConfigError
 from dynadepth.methods import StaticConfig
@@ -95,12 +95,7 @@ def fit_tokens(model: nn.Module) -> int:
 
 def fit_batches(model: nn.Module, training: Sequence[Example], pad: int) -> Batches:
     """The training examples on which something starts in closed form."""
-    chosen, tokens, enough = [], 0, fit_tokens(model)
-    for example in training:
-        if tokens < enough:
-            chosen.append(example.input_ids)
-            tokens += len(example.input_ids)
-    return prompts_to_batches(chosen, pad)
+    return prompts_to_batches(up_to((example.input_ids for example in training), fit_tokens(model)), pad)
 
 
 def fit(

@@ -59,6 +59,10 @@ class _Equations:
         self.square += contributions.square().sum()
         self.tokens += len(features)
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """A token's: features' `[F, F]`, with contributions `[F, D]`."""
+        return self.features / self.tokens, self.both / self.tokens
+
 
 @dataclass(frozen=True)
 class _Map:
@@ -168,7 +172,7 @@ def _constant(equations: _Equations) -> _Map:
 
 def _solved(equations: _Equations, ridge: float, rank: int) -> _Map:
     """The best map of a rank."""
-    moments, both = equations.features / equations.tokens, equations.both / equations.tokens
+    moments, both = equations.moments()
     damping = (ridge * moments.diagonal()[:-1].mean()).expand(len(moments)).clone()
     damping[-1] = 1e-6  # the constant feature is not shrunk
     weights = torch.linalg.solve(moments + torch.diag(damping), both)
@@ -190,13 +194,12 @@ def _ridge(missed: Tensor) -> float:
 
 def _explained(found: _Map, equations: _Equations) -> float:
     """The share of variance that a map explains of what it was fitted on."""
-    n = equations.tokens
-    moments, both = equations.features / n, equations.both / n
+    moments, both = equations.moments()
     mean = moments[-1, :-1]
     slopes = found.read @ found.write
     spread = moments[:-1, :-1] - torch.outer(mean, mean)
     cross = both[:-1] - torch.outer(mean, both[-1])
-    variance = equations.square / n - both[-1].square().sum()
+    variance = equations.square / equations.tokens - both[-1].square().sum()
     error = variance - 2 * (slopes * cross).sum() + (slopes * (spread @ slopes)).sum()
     return float(1 - error / variance)
 
