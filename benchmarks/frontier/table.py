@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 TASKS = ("arc_challenge", "boolq", "hellaswag", "mmlu", "openbookqa", "piqa", "rte", "winogrande")
+LAMBADA, GSM8K = "lambada_openai", "gsm8k_test"
 DRAWS = 2000
 
 
@@ -34,32 +35,40 @@ def average(cell: dict, dense: dict) -> tuple[float, float, float]:
 
 
 def lines(folder: Path) -> list[str]:
+    """The table, with columns for what the folder's cells have."""
     found = cells(folder)
     dense = next(cell for cell in found.values() if cell["row"] == "dense")
     text = next(iter(dense["text"]["perplexity"]))
-    out = [
-        "| method | budget | executed | perplexity | × dense (95 %) | KL, nats | 8 tasks, points | LAMBADA | prefill "
-        "| decode |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    tasks, timed = set(dense["tasks"]["tasks"]), any(cell["speed"] for cell in found.values())
+    columns = ["method", "budget", "executed", "perplexity", "× dense (95 %)", "KL, nats"]
+    columns += ["8 tasks, points"] if tasks.issuperset(TASKS) else []
+    columns += ["LAMBADA"] if LAMBADA in tasks else []
+    columns += ["GSM8K"] if GSM8K in tasks else []
+    columns += ["prefill", "decode"] if timed else []
+    out = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     order = {"dense": 0, "default": 1, "default-static": 2, "default-shuffled": 3}
     for cell in sorted(found.values(), key=lambda c: (-(c["budget"] or 0), order.get(c["row"], 9), c["row"])):
-        ratio = cell["against_dense"]["perplexity"][text]
-        mean, low, high = average(cell, dense)
-        lambada = cell["tasks"]["tasks"]["lambada_openai"]["acc"]
-        times = {one["phase"]: f"{one['speedup']:.2f}×" for one in cell["speed"] or ()}
-        is_dense = cell is dense
-        out.append(
-            f"| {cell['row']} | {'–' if is_dense else cell['budget']} | {cell['text']['keep_ratio']['all']:.1%} | "
-            f"{cell['text']['perplexity'][text]['ppl']:,.1f} | "
-            + (
-                "1 | 0 | 0 | "
-                if is_dense
-                else f"{ratio['value']:,.2f} ({ratio['low']:,.2f}–{ratio['high']:,.2f}) | {cell['text']['kl']:.3f} | "
-                f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) | "
-            )
-            + f"{lambada:.1%} | {times.get('prefill', '–')} | {times.get('decode', '–')} |"
-        )
+        is_dense, ratio = cell is dense, cell["against_dense"]["perplexity"][text]
+        shown = {
+            "method": cell["row"],
+            "budget": "–" if is_dense else str(cell["budget"]),
+            "executed": f"{cell['text']['keep_ratio']['all']:.1%}",
+            "perplexity": f"{cell['text']['perplexity'][text]['ppl']:,.1f}",
+            "× dense (95 %)": f"{ratio['value']:,.2f} ({ratio['low']:,.2f}–{ratio['high']:,.2f})",
+            "KL, nats": f"{cell['text']['kl']:.3f}",
+        }
+        if "8 tasks, points" in columns:
+            mean, low, high = average(cell, dense)
+            shown["8 tasks, points"] = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        if is_dense:
+            shown |= dict.fromkeys(("KL, nats", "8 tasks, points"), "0") | {"× dense (95 %)": "1"}
+        if LAMBADA in tasks:
+            shown["LAMBADA"] = f"{cell['tasks']['tasks'][LAMBADA]['acc']:.1%}"
+        if GSM8K in tasks:
+            score = cell["tasks"]["tasks"][GSM8K]
+            shown["GSM8K"] = f"{round(score['acc'] * score['n'])} of {score['n']}"
+        shown |= {one["phase"]: f"{one['speedup']:.2f}×" for one in cell["speed"] or ()}
+        out.append(f"| {' | '.join(shown.get(name, '–') for name in columns)} |")
     return out
 
 

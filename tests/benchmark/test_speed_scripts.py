@@ -10,6 +10,7 @@ import torch
 
 import dynadepth
 from dynadepth import routing_of
+from dynadepth.benchmark.timing import Work
 from dynadepth.tuning.data import Collator, Example
 from saved_model import save_model
 from small import bare, ids
@@ -232,3 +233,36 @@ def test_goals_name_the_worst_cell():
         "- skip efficiency at prefill, by sequence (goal ≥ 0.90): met in 1 of 2 cells; worst 0.85 "
         "(sequence@0.5, prefill, batch 1, context 512)"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::mm", "products"),
+        ("aten::linear", "products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::index_copy_", "gathering and scattering"),
+        ("aten::copy_", "copies"),
+        ("aten::mul", "element by element (norms, rotary, sums)"),
+        ("aten::cumsum", "element by element (norms, rotary, sums)"),
+        ("dynadepth::path_step", "element by element (norms, rotary, sums)"),
+    ],
+)
+def test_operations_have_a_kind(name, kind):
+    assert script("where").kind_of(name) == kind
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_where_the_time_goes_adds_up(phase, monkeypatch, capsys):
+    where = script("where")
+    monkeypatch.setattr(where, "ROUNDS", 1)
+    model = bare()
+    found = where.measured({"dense": model, "other": model}, Work(ids(2, 9 + where.CALLS), 9), phase)
+    for one in found.values():
+        assert sum(one["kinds"].values()) == pytest.approx(one["profiled_s"])
+        assert one["kinds"]["products"] > 0
+        assert one["kinds"]["attention"] > 0
+    where.show({"phase": phase, "batch": 2, "context": 9, "models": found})
+    table = capsys.readouterr().out.splitlines()
+    assert table[2] == "| | dense | other |"
+    assert [line.split(" | ")[0] for line in table[4:]][-2:] == ["| profiled", "| not profiled"]

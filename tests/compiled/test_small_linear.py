@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dynadepth.compiled import kernel, linear
-from dynadepth.routing.skip_path import LinearPath, Memory
+from dynadepth.routing.skip_path import LinearPath, Memory, Reality
 
 pytestmark = pytest.mark.slow
 
@@ -71,19 +71,23 @@ def test_other_dtypes_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("width", "rank", "rows"), [(64, 8, 1), (576, 64, 3), (37, 5, 2), (640, 64, 8)])
-def test_one_token_of_a_skip_path_is_one_kernel(dtype: torch.dtype, width: int, rank: int, rows: int) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_token_of_a_skip_path_is_one_kernel(
+    dtype: torch.dtype, width: int, rank: int, rows: int, padded: bool
+) -> None:
     torch.manual_seed(rank)
     path = LinearPath(width, rank)
     nn.init.normal_(path.write, std=0.3)
     nn.init.normal_(path.bias)
     path.to(dtype)
     prompt, hidden = torch.randn(rows, 7, width).to(dtype).split([4, 3], 1)
-    tokens = hidden.split(1, 1)
+    real = torch.rand(rows, 3, generator=torch.Generator().manual_seed(rows)) < 0.5
+    tokens = list(zip(hidden.split(1, 1), real.split(1, 1), strict=True))
 
     def steps() -> tuple[list[torch.Tensor], Memory]:
         memory, found = path(prompt, None, path.begin(rows, hidden))[1], []
-        for token in tokens:
-            contribution, memory = path(token, None, memory)
+        for token, mask in tokens:
+            contribution, memory = path(token, Reality.of(mask) if padded else None, memory)
             found.append(contribution)
         return found, memory
 

@@ -373,3 +373,30 @@ def test_read_cell_says_what_is_wrong(folder):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(DataError, match=said):
             read_cell(path)
+
+
+@pytest.mark.parametrize("gone", ["default@0.5", "default-static@0.5", None])
+def test_a_row_and_its_twin_are_of_the_same_routers(opened, settings, tmp_path, model_folder, gone, monkeypatch):
+    """Routers that were tuned anew since do not stand beside figures of those before; older cells name none."""
+    asked, cells = settings("default-static", budgets=(0.75, 0.5)), tmp_path / "cells"
+    routers = save_routers(tmp_path / "routers" / "default", model_folder, order=list(range(N_LAYERS)))
+    monkeypatch.setattr(Workbench, "routers", lambda *_: routers)
+    run_frontier(*opened, asked, tmp_path)
+    assert read_cell(cells / "default@0.5.json")["routers"] == read_cell(cells / "default-static@0.75.json")["routers"]
+    model = dynadepth.load(opened[0], routers)
+    for router in dynadepth.routing_of(model).routers().values():
+        router.weight.data += 0.01
+    dynadepth.save(model, routers)
+    dynadepth.detach(model)
+    if gone is None:  # nothing is left to measure: figures of one tuning
+        run_frontier(*opened, asked, tmp_path)
+        path = cells / "default-static@0.5.json"
+        path.write_text(json.dumps({**read_cell(path), "routers": "others"}))
+    else:
+        (cells / f"{gone}.json").unlink()
+    with pytest.raises(ConfigError, match=r"other routers than cell default@0\.75 was.*remove that cell"):
+        run_frontier(*opened, asked, tmp_path)
+    for path in cells.iterdir():
+        older = {key: value for key, value in read_cell(path).items() if key != "routers"}
+        path.write_text(json.dumps(older))
+    run_frontier(*opened, asked, tmp_path)

@@ -75,6 +75,18 @@ def test_ranks_are_the_sum_of_both(tmp_path, seed):
     assert routing_of(load(tiny(), tmp_path)).config.order == tuple(result.order)
 
 
+def test_greedy_is_the_least_harmful_beside_those_before(tmp_path):
+    """The first half by plain forwards; the others follow."""
+    made, texts = tiny(), examples(n=60, seed=2)
+    tune(made, Tokenizer(), texts, dataclasses.replace(SHORT, order="greedy"), out=tmp_path, budget=0.5)
+    order, model = routing_of(made).config.order, fitted(texts)
+    first = min(range(4), key=lambda layer: lost(model, texts, {layer}))
+    second = min({0, 1, 2, 3} - {first}, key=lambda layer: lost(model, texts, {first, layer}))
+    assert order[:2] == (first, second)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert set(routing_of(load(tiny(), tmp_path)).config.skip) == {first, second}
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
 def test_what_both_orders_agree_on_the_ranks_keep(scores):
     sites = [Site(i, "attention") for i in range(len(scores))]
@@ -150,8 +162,8 @@ def test_in_doubt_the_order_is_measured_too():
 
 
 def test_unknown_and_contradicting_orders():
-    with pytest.raises(ConfigError, match="order must be one of cosine, damage, ranks, auto, not 'greedy'"):
-        dataclasses.replace(STATIC, order="greedy")
+    with pytest.raises(ConfigError, match="order must be one of cosine, damage, greedy, ranks, auto, not 'best'"):
+        dataclasses.replace(STATIC, order="best")
     recipe = dataclasses.replace(STATIC, order="damage", init="zeros", method={"method": "static", "order": (1, 2)})
     with pytest.raises(ConfigError, match=r"order: damage measures an order, and method.order \[1, 2\] gives one"):
         recipe.config()

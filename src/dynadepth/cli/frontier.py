@@ -134,10 +134,11 @@ def show(found: Findings) -> None:
 
 def _help_text(folder: Path, seed: int) -> str:
     """Python's own help texts as a file: the text of a run that names none."""
+    from dynadepth.records import write_text
     from dynadepth.report.measure import help_text
 
     file = folder / "python-help.txt"
     text = help_text(seed)
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        file.write_text(text, encoding="utf-8")
+    if not file.is_file() or file.read_bytes() != text.encode():
+        write_text(file, text)
     return str(file)

@@ -65,7 +65,7 @@ class SmallInt8Linear:
 
 
 class SmallPath:
-    """Mixin put before `LinearPath`: one token of unpadded rows, without gradients, is one kernel."""
+    """Mixin put before `LinearPath`: one token of each row, without gradients, is one kernel."""
 
     read: Tensor
     write: Tensor
@@ -78,7 +78,6 @@ class SmallPath:
             not torch.is_grad_enabled()
             and memory is not None
             and memory.past is None
-            and reality is None
             and hidden.shape[1] == 1
             and len(hidden) <= kernel.MOST_ROWS
             and hidden.dtype in (torch.bfloat16, torch.float32)
@@ -89,8 +88,9 @@ class SmallPath:
             and not torch.is_autocast_enabled("cpu")
         ):
             given = (hidden, self.read, self.write, self.bias, memory.last, memory.total, memory.count)
-            contribution, *after = torch.ops.dynadepth.path_step(*given)
-            return contribution, Memory(*after)
+            contribution, *parts = torch.ops.dynadepth.path_step(*given)
+            after = Memory(*parts)
+            return contribution, after if reality is None else memory.unless(reality.real, after)
         return super().forward(hidden, reality, memory)  # type: ignore[misc]  # mixed into LinearPath
 
 

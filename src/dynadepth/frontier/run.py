@@ -8,6 +8,7 @@ at the text or task (`pieces`).
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -131,8 +132,31 @@ def _collect(
                 f"{path} was made with other settings ({differs}): give another --out, or remove that file to have "
                 "it measured again."
             )
+        _check_routers(bench, row, cell.get("routers"))
         bench.finished[cell_name(row.name, budget)] = cell
         remove(pieces_folder(bench.out, cell_name(row.name, budget)))  # of a run killed just then
+
+
+def _routers_of(bench: Workbench, row: Row) -> str | None:
+    """A digest of the routers, skip paths and LoRA that the row runs with; None without any."""
+    files = sorted((bench.out / ROUTERS / (row.of or row.name)).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16] if files else None
+
+
+def _check_routers(bench: Workbench, row: Row, routers: str | None) -> None:
+    """Raises `ConfigError` where finished cells of the row, or of the one it stands beside, were measured with other
+    routers than these (cells of older versions do not say): budgets and twins of two tunings cannot be compared."""
+    for name, cell in bench.finished.items():
+        before = cell.get("routers")
+        if cell["row"] in (row.name, row.of) and None not in (before, routers) and before != routers:
+            raise ConfigError(
+                f"{row.name} would be measured with other routers than cell {name} was, in {bench.out}: remove that "
+                f"cell to have it measured again with those in {bench.out / ROUTERS / (row.of or row.name)}, or give "
+                "another --out."
+            )
 
 
 def _complete(bench: Workbench, row: Row, budget: Budget) -> bool:
@@ -185,6 +209,8 @@ def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) 
     found: list[tuple[float, Any]] = []
     mark: dict[str, Any] = {}
     parts = row.maker.parts(bench, row.name, budget)
+    routers = _routers_of(bench, row)
+    _check_routers(bench, row, routers)
     folder, before = pieces_folder(bench.out, cell_name(row.name, budget)), 0.0
     for number, part in enumerate(parts):
         with part.opened() as model:
@@ -208,6 +234,7 @@ def _scored(bench: Workbench, row: Row, budget: Budget, wanted: dict[str, Any]) 
         other = bench.cell(row.of, budget)["rows"]
         cell["against"] = {"row": row.of, **against(cell["rows"], other, settings.seed)}
     cell |= {"mixture": [part.share for part in parts], "provenance": mark, "tuning": _tuning(bench, row)}
+    cell["routers"] = routers
     return cell | {"speed": None, "speed_settings": None, "seconds": before + time.monotonic() - started}
 
 

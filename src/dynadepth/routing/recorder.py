@@ -132,8 +132,14 @@ class Recorder:
     def keep_ratio(self, phase: Phase = None) -> KeepRatio | None:
         """Of the routed sites and of all sublayers of the target; None where nothing was recorded."""
         keep = self.site_keep(phase)
-        if not keep:
-            return None
+        return self._ratio(keep) if keep else None
+
+    @property
+    def sequence_keeps(self) -> list[KeepRatio]:
+        """One entry a prefilled sequence, as `keep_ratio` is of all."""
+        return [self._ratio({site: min(times, 1.0) for site, times in one.items()}) for one in self.sequences]
+
+    def _ratio(self, keep: dict[Site, float]) -> KeepRatio:
         executed, always = sum(keep.values()), self._n_sublayers(keep) - len(keep)
         return KeepRatio(executed / len(keep), (executed + always) / self._n_sublayers(keep))
 

@@ -1,7 +1,8 @@
 """Routers, or the static route of the same skip paths: whichever keeps closer to the dense model on held-out examples.
 
-Both are compared at the same keep ratio. The static route skips the least important sites first, as many as the routers
-skipped; between two whole numbers of them, the figures of both are mixed.
+Both are compared at the same keep ratio, in which a long example counts for more, as in KL. The static route skips the
+least important sites first, as many as the routers skipped; between two whole numbers of them, the figures of both are
+mixed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Choice:
     order: tuple[int, ...]
     """Of the static route: layers, the one that is skipped first coming first."""
     by_budget: tuple[dict[str, float], ...]
-    """`budget`, `keep` (of all sublayers of the target, both had it), `kl_routers`, `kl_static`."""
+    """`budget`, `keep` (of all sublayers of the target, by scored token; both had it), `kl_routers`, `kl_static`."""
 
 
 def choose(
@@ -60,7 +61,7 @@ def choose(
     """
     order = in_order(scores)
     routed = distances(model, examples, collator, [partial(_at_budget, model, b) for b in budgets], progress)
-    keeps = [found.keep.all for found in routed if found.keep is not None]
+    keeps = [found.executed for found in routed if found.executed is not None]
     assert len(keeps) == len(budgets), "a routed model records what it executes"
     n, tokens = len(examples), max(routed[0].tokens, 1)
     each = n / tokens  # of an example's sum, so that the mean over examples is nats a token

@@ -32,6 +32,8 @@ class Distance:
     """Σ KL(dense‖routed) over the scored tokens of each example, in nats."""
     tokens: int
     """Scored, in all examples."""
+    executed: float | None
+    """Share of all sublayers of the target that ran at prefill, examples weighted by their scored tokens, as KL is."""
 
     @property
     def mean(self) -> float:
@@ -60,7 +62,7 @@ def distances(
     training = model.training
     model.eval()
     device = next(unwrapped(model).parameters()).device
-    records, kls, tokens = [Recorder() for _ in routes], [list[float]() for _ in routes], 0
+    records, kls, tokens = [Recorder() for _ in routes], [list[float]() for _ in routes], list[int]()
     with torch.no_grad():
         for start in range(0, len(examples), BATCH):
             batch = {k: v.to(device) for k, v in collator(examples[start : start + BATCH]).items()}
@@ -71,8 +73,18 @@ def distances(
                 with route(), recording(record):
                     routed, _ = predictions(model, batch)
                 kl += [float(kl_sum(*rows)) for rows in zip(dense.split(scored), routed.split(scored), strict=True)]
-            tokens += sum(scored)
+            tokens += scored
             if progress:
                 progress(min(start + BATCH, len(examples)), len(examples))
     model.train(training)
-    return [Distance(record.keep_ratio("prefill"), tuple(kl), tokens) for record, kl in zip(records, kls, strict=True)]
+    return [
+        Distance(record.keep_ratio("prefill"), tuple(kl), sum(tokens), _executed(record, tokens))
+        for record, kl in zip(records, kls, strict=True)
+    ]
+
+
+def _executed(record: Recorder, tokens: Sequence[int]) -> float | None:
+    keeps = record.sequence_keeps
+    if not keeps or not sum(tokens):
+        return None
+    return sum(keep.all * n for keep, n in zip(keeps, tokens, strict=True)) / sum(tokens)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dynadepth.budget import importance, joined, prompts_to_batches
-from dynadepth.removal import Damage, alone
+from dynadepth.removal import Damage, GreedySearch, alone
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example, pad_token_id
@@ -43,14 +43,17 @@ def scores_by(
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Importance of the routed sites by one of a recipe's orders: 1 − cosine of the examples, damage of the held-out
-    ones, the sum of both ranks, or (`auto`) 1 − cosine unless damage clearly loses less
+    ones, greedy removal on these, the sum of both ranks, or (`auto`) 1 − cosine unless damage clearly loses less
     (`compared`). Where tokens decide, `auto` is 1 − cosine. `progress` tells of each in turn."""
     pad = pad_token_id(tokenizer)
     if order == "cosine" or (order == "auto" and not routing_of(model).granularity.sticky):
         return _cosine(model, examples, pad, progress)
     windows = prompts_to_batches(_windows(model, heldout, DAMAGE_WINDOWS), pad)
     with torch.no_grad():
-        harm = alone(Damage(model, windows, DAMAGE_STRIDE), progress)
+        damage = Damage(model, windows, DAMAGE_STRIDE)
+        harm = alone(damage, progress)
+        if order == "greedy":
+            return one_after_the_other(damage, harm, progress)
     if order == "damage":
         return harm
     cosine = _cosine(model, examples, pad, progress)
@@ -58,6 +61,15 @@ def scores_by(
         return by_rank(cosine, harm)
     losses = compared(model, [cosine, harm], long_texts(model, tokenizer), progress)
     return harm if losses[1] < CLEARLY * losses[0] else cosine
+
+
+def one_after_the_other(damage: Damage, harm: Scores, progress: Callable[[int, int], None] | None = None) -> Scores:
+    """Ranks from 1: half of the sites as a greedy search finds them, each the one that is missed least beside those
+    before it, and then the others by their last known increase. `harm`: of each alone."""
+    search = GreedySearch(increase=dict(harm))
+    search.extend(damage, -(-len(harm) // 2), progress=progress)
+    rest = sorted((site for site in harm if site not in search.chosen), key=search.increase.__getitem__)
+    return {site: float(rank) for rank, site in enumerate([*search.chosen, *rest], 1)}
 
 
 def compared(

@@ -36,8 +36,9 @@ class Recipe:
     order: str = "cosine"
     """What orders the sublayers for `init: importance` and static routes. `cosine`: 1 − cosine of the residual stream;
     `damage`: KL(dense‖routed) on held-out text when each is skipped alone, its fitted skip path in place
-    (`removal.alone`); `ranks`: the sum of both ranks; `auto`: `cosine`, unless `damage` clearly loses less
-    where its first sublayers are skipped together (`orders.py`)."""
+    (`removal.alone`); `greedy`: by KL, too, each the least harmful one beside those before it
+    (`removal.GreedySearch`; minutes); `ranks`: the sum of the ranks of `cosine` and `damage`; `auto`: `cosine`, unless
+    `damage` clearly loses less where its first sublayers are skipped together (`orders.py`)."""
     init: str = "zeros"
     """`zeros`, or `importance`: biases start from `order`'s scores, so that tuning starts at the static route; of a
     static route without an order, the scores are its order; routers of tokens start from what skipping each token would
@@ -99,7 +100,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("objective", ("ce", "kl")),
-            ("order", ("cosine", "damage", "ranks", "auto")),
+            ("order", ("cosine", "damage", "greedy", "ranks", "auto")),
             ("init", ("zeros", "importance")),
             ("controller", ("none", "quantile")),
             ("score", ("answers", "all")),

@@ -138,8 +138,8 @@ def tune(
     if isinstance(routing.config, StaticConfig):
         skip = routing.config.skip
     order, kl_static = in_order(start.measured.scores), None
-    if not routing.is_static and after.keep is not None:
-        (sums,) = twins(model, start.heldout, start.collator, order, [after.keep.all], compare)
+    if not routing.is_static and after.executed is not None:
+        (sums,) = twins(model, start.heldout, start.collator, order, [after.executed], compare)
         kl_static = sum(sums) / max(after.tokens, 1)
     result = TuneResult(
         directory=str(out),
