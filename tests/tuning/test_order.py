@@ -12,7 +12,7 @@ from dynadepth.budget import in_order, joined, prompts_to_batches
 from dynadepth.errors import ConfigError
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import orders, tune
-from dynadepth.tuning.orders import by_rank, scores_of
+from dynadepth.tuning.orders import by_rank, one_after_the_other, scores_of
 from dynadepth.tuning.surrogate import fit_paths
 from tuning_runs import LINEAR, STATIC, Tokenizer, examples, tiny
 
@@ -85,6 +85,25 @@ def test_greedy_is_the_least_harmful_beside_those_before(tmp_path):
     assert order[:2] == (first, second)
     assert sorted(order) == [0, 1, 2, 3]
     assert set(routing_of(load(tiny(), tmp_path)).config.skip) == {first, second}
+
+
+def test_the_second_is_the_least_harmful_beside_the_first():
+    """Not the one that is second alone; the others follow by what they last added."""
+    a, b, c, d = sites = [Site(layer, "attention") for layer in range(4)]
+    together = {frozenset({a, b}): 10.0, frozenset({a, c}): 4.0, frozenset({a, d}): 20.0}
+
+    class Known:
+        def __init__(self):
+            self.sites = sites
+
+        def settle(self, skipped):
+            pass
+
+        def of(self, skipped):
+            return together[frozenset(skipped)]
+
+    scores = one_after_the_other(Known(), {a: 1.0, b: 2.0, c: 3.0, d: 9.0})
+    assert in_order(scores) == (0, 2, 1, 3)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
