@@ -90,7 +90,7 @@ def test_greedy_is_the_least_harmful_beside_those_before(tmp_path):
 def test_the_second_is_the_least_harmful_beside_the_first():
     """Not the one that is second alone; the others follow by what they last added."""
     a, b, c, d = sites = [Site(layer, "attention") for layer in range(4)]
-    together = {frozenset({a, b}): 10.0, frozenset({a, c}): 4.0, frozenset({a, d}): 20.0}
+    together = {frozenset({a}): 1.0, frozenset({a, b}): 10.0, frozenset({a, c}): 4.0, frozenset({a, d}): 20.0}
 
     class Known:
         def __init__(self):
