@@ -176,14 +176,13 @@ def test_the_norm_before_a_known_skip_is_not_computed(name: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("granularity", ["static", "sequence", "token"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
 def test_the_norm_behind_a_skipped_sublayer_is_not_computed(
     name: str, granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zeros would come out of it as zeros."""
     behind = spec_for(tiny(name)).attention_norms[1]
-    if behind is None:
-        pytest.skip("it has no norm behind its attention")
+    assert behind is not None
     config: Any = dynadepth.StaticConfig(skip=(1,))
     if granularity != "static":
         policy = "drop" if granularity == "token" else "project"
