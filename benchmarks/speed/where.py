@@ -124,7 +124,7 @@ def main() -> None:
     except DynadepthError as error:
         parser.error(str(error))
     model = hub.load_model(given.model)
-    model.eval().requires_grad_(False)
+    model.eval()  # not frozen: torch copies the head of a frozen plain model (see folded_input in model.py)
     prompts = cut_prompts(hub.load_tokenizer(given.model), count=given.batch, length=given.context + CALLS)
     work, plain = Work(prompts, given.context), bare_twin(model)
     models = {"dense": plain, "pruned": pruned_twin(plain, drawn_sites(plain, variants[0].keep))}
