@@ -1,6 +1,7 @@
 """The benchmark's cells and its bookkeeping on tiny models. Times themselves are not tested."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dynadepth import MindSkipConfig, Site, StaticConfig, cost
 from dynadepth.benchmark import cut_prompts, pruned_twin, run
 from dynadepth.benchmark.latency import execute_all_copy
 from dynadepth.benchmark.memory import cache_bytes, peak_watch
-from dynadepth.benchmark.timing import Work, check_length, measure, spread
+from dynadepth.benchmark.timing import FEWEST, Work, _rotated, check_length, measure, spread
 from dynadepth.benchmark.variants import Variant
 from dynadepth.errors import ConfigError, DataError, UnsupportedModelError
 from parity.models import VOCABULARY, tiny
@@ -200,6 +201,34 @@ def test_steps_may_start_ahead_of_the_context():
     one = measure({"a": model}, work, repeats=2, generate=["a"])["a"]
     assert [len(one.prefill), len(one.decode), len(one.generate)] == [2, 4, 2]
     assert one.kv_bytes == {"prefill": kv(model, [0, 1, 2, 3], 9), "decode": kv(model, [0, 1, 2, 3], 14)}
+
+
+@pytest.mark.parametrize("n", range(8))
+def test_places_are_spread_over_the_rounds(n):
+    names = [str(i) for i in range(n)]
+    rounds = [_rotated(names, round_) for round_ in range(FEWEST * max(n, 1))]
+    for name in names:
+        places = [order.index(name) for order in rounds]
+        assert sorted(places) == sorted(FEWEST * list(range(n))), "each place equally often"
+        for start in range(0, len(places), FEWEST):
+            first = sorted(places[start : start + FEWEST])
+            assert all(later - sooner >= n // FEWEST for sooner, later in pairwise(first))
+    assert sorted(_rotated(names, -1)) == names, "the one that warms up"
+
+
+def test_tokens_keys_that_are_missing_are_noticed():
+    """Layers that keep those of every token, routed or not, must hold them."""
+    model = dynadepth.attach(tiny("llama"), MindSkipConfig(layers=(1, 2), granularity="token"))
+    for layer in range(4):
+        with torch.no_grad():
+            cache = model(ids(2, 9), use_cache=True).past_key_values
+        check_length(model, cache, 9)
+        cache.layers[layer].keys = cache.layers[layer].keys[:, :, :5]
+        with pytest.raises(AssertionError, match="5 keys for 9 tokens"):
+            check_length(model, cache, 9)
+        cache.layers[layer].keys = None
+        with pytest.raises(AssertionError, match=f"layer {layer} was left empty"):
+            check_length(model, cache, 9)
 
 
 def test_an_empty_or_short_cache_is_noticed():

@@ -91,6 +91,14 @@ def test_missing_points_stay_empty():
     assert len(figure.axes[0].texts) == 2
 
 
+def test_where_nothing_was_to_be_saved_no_price_is_shown():
+    """A pruned model that was no faster says nothing of one that skips."""
+    figure = heat_map([cell(nominal_efficiency=None, keep_ratio=0.5, overhead=0.02)])
+    (words,) = [text.get_text() for text in figure.axes[0].texts]
+    assert words.endswith("×\n–")
+    assert not any("%" in text.get_text() for text in figure.axes[0].texts)
+
+
 def test_what_cannot_be_drawn(tmp_path):
     with pytest.raises(DataError, match="nothing to draw"):
         heat_map([cell(speedup=None)])

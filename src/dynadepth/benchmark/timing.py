@@ -236,9 +236,12 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _rotated(names: Mapping[str, Any] | Sequence[str], round_: int) -> list[str]:
-    """Another one comes first in each round; in `FEWEST` rounds each stands early, late and between."""
+    """Their order in a round: in any `FEWEST` that follow one another from a multiple of it on, each of many stands
+    early, late and between; of a few another one comes first each time."""
     order = list(names)
-    shift = (round_ % FEWEST * len(order) // FEWEST + round_ // FEWEST) % len(order) if order else 0
+    turn, place = divmod(round_, FEWEST)
+    shift = round_ if len(order) <= FEWEST else place * len(order) // FEWEST + turn
+    shift %= max(len(order), 1)
     return order[shift:] + order[:shift]
 
 
