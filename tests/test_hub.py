@@ -401,3 +401,14 @@ def test_smollm2_is_whole_and_sensible():
     assert tokenizer.decode(prompt["input_ids"][0]).startswith("<|im_start|>system\nYou are a helpful AI assistant")
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.parametrize("error", [ImportError("pip install autoawq"), RuntimeError("size mismatch for a.weight")])
+def test_what_transformers_cannot_load_is_one_sentence(tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", broken)
+    with pytest.raises(ModelNotFoundError, match=f"could not be loaded \\({error}\\)"):
+        hub.load_model(tmp_path)

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 import dynadepth
 from commands import invoke
 from dynadepth import MindSkipConfig, Site, StaticConfig, cost
-from dynadepth.benchmark.pruned import pruned_twin
+from dynadepth.benchmark.pruned import bare_twin, pruned_twin
+from dynadepth.benchmark.timing import Work, measure
 from dynadepth.budget import importance
 from dynadepth.errors import UnsupportedModelError
 from saved_model import SPECIAL, WORDS, save_model
@@ -70,3 +71,10 @@ def test_it_is_tuned_and_evaluated(model, tmp_path):
     result = invoke("eval", tmp_path / "model", "--routers", tmp_path / "routers", *told)
     assert result.exit_code == 0, result.output
     assert 0 < json.loads((tmp_path / "eval.json").read_text())["flops_share"] <= 1.1
+
+
+def test_it_is_timed(model):
+    dynadepth.attach(model, StaticConfig(layers=(3,), skip=(3,)))
+    found = measure({"dense": bare_twin(model), "routed": model}, Work(torch.full((1, 12), 5), 8), repeats=1)
+    held = {name: samples.kv_bytes["prefill"] for name, samples in found.items()}
+    assert 2 * held["routed"] == held["dense"] > 0, "one of two attentions is skipped"

@@ -147,7 +147,11 @@ def atomically(path: Path, write_to: Callable[[Path], Any]) -> None:
 
 
 def together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """`atomically` for files that belong together: all are complete on the disk before the first takes its place."""
+    """`atomically` for files that belong together: all are complete on the disk before the first takes its place.
+
+    A link stays one: what it points to is written.
+    """
+    files = {Path(os.path.realpath(path)): write_to for path, write_to in files.items()}
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, write_to in files.items():

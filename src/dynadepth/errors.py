@@ -61,6 +61,16 @@ def did_you_mean(value: str, known: Iterable[str], n: int = 3) -> str:
     return " Did you mean " + " or ".join(repr(name) for name in near) + "?"
 
 
+def user_path(name: str | Path) -> Path:
+    """The path with its `~` expanded. Raises `ConfigError` where there is no such user's home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{str(name)!r} names no home folder ({str(error).rstrip('.')}): write the path out."
+        ) from error
+
+
 def check_file(path: Path, what: str = "file") -> None:
     """Raises `DataError` for a folder, and where there is nothing, naming files that are called nearly so."""
     if path.is_dir():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth.embedded import EMBEDDED, EmbeddedModel, Wheel
-from dynadepth.errors import ConfigError, DynadepthError, ModelNotFoundError, did_you_mean
+from dynadepth.errors import ConfigError, DynadepthError, ModelNotFoundError, did_you_mean, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ _WAYS_OUT = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, or
 def cache_dir() -> Path:
     """The user's cache folder, which need not exist: see the module's docstring for the variables that move it."""
     if own := os.environ.get("DYNADEPTH_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynadepth"
+        return user_path(own)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dynadepth"
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:
@@ -108,7 +108,7 @@ def resolve(model: str | Path) -> str:
     name = os.fspath(model)
     if name in EMBEDDED:
         return str(fetch(name))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name and path.exists():
         if not (path / "config.json").is_file():
             routers = " (it holds saved routers: give the model they were made for)"
@@ -169,7 +169,7 @@ def provenance_of(model: str | Path) -> dict[str, str | None]:
     name = os.fspath(model)
     if name in EMBEDDED:
         return _provenance(EMBEDDED[name])
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         if (file := folder / PROVENANCE_FILE).is_file():
             known: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8"))
@@ -185,7 +185,7 @@ def _from_pretrained(auto: Any, model: str | Path, **options: Any) -> Any:
     source = resolve(model)
     try:
         return auto.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # a package, or fitting weights
         cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:, ")
         way_out = _WAYS_OUT
         if Path(source).parent == cache_dir() / "models":

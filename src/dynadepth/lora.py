@@ -158,6 +158,11 @@ class Lora:
                 if name.startswith("lora_"):
                     yield f"{PREFIX}{layer_name}.{name.replace(f'.{ADAPTER}.', '.')}", parameter
 
+    def parts(self) -> list[nn.Module]:
+        """The modules of the adapter itself, its dropout included."""
+        children = [child for layer in self.layers.values() for child in layer.named_children()]
+        return [module for name, module in children if name.startswith("lora_")]
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts such tensors in place; ValueError where they are not those of this adapter."""
         own = dict(self.named_parameters())

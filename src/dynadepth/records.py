@@ -16,6 +16,8 @@ from dynadepth.provenance import finite
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz")
 """How the name of a file with one JSON object a line ends."""
 
+GZIP_MAGIC = b"\x1f\x8b"
+
 Row = dict[str, Any]
 
 
@@ -58,25 +60,35 @@ def plain(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The objects of a `.jsonl` or `.jsonl.gz` file in their order; blank lines are skipped.
+    """The objects of a JSON Lines file in their order, as `numbered_rows` reads them."""
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(path: str | Path) -> list[tuple[int, Row]]:
+    """The objects of a JSON Lines file, gzipped or not, and the numbers of their lines from 1; blank lines are skipped.
 
     Raises `DataError` where the file is missing, unreadable, empty, or holds something else than an object at a line.
     """
-    rows: list[Row] = []
+    rows: list[tuple[int, Row]] = []
     for number, line in enumerate(read_lines(Path(path)), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON at line {number}: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:  # not JSON, an endless number, nested too deeply
+            raise DataError(
+                f"{path} is not JSON at line {number} ({error}): a JSON Lines file has one whole object on each line."
+            ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{path} holds no JSON object at line {number} but {line.strip()[:40]!r}.")
+            raise DataError(
+                f"{path} has no JSON object at line {number} but {line.strip()[:40]!r}: a JSON Lines file has one "
+                "whole object on each line."
+            )
         if "\\u" in line:
             _check_text(path, number, row)
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
-        raise DataError(f"{path} is empty: it needs one JSON object a line.")
+        raise DataError(f"{path} is empty: it needs one JSON object on each line.")
     return rows
 
 
@@ -92,16 +104,18 @@ def _check_text(path: str | Path, number: int, row: Row) -> None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, gzipped where the name ends in `.gz`. Raises `DataError` as `read_rows` does."""
+    """The lines of a text file, gzipped where its name or its content says so; a byte order mark is dropped. Raises
+    `DataError` as `numbered_rows` does."""
     check_file(path)
+    number = 0
     try:
-        if path.name.endswith(".gz"):
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as packed:
-                yield from packed
-        else:
-            with path.open(encoding="utf-8", newline="") as plain:
-                yield from plain
+        with path.open("rb") as probe:
+            packed = path.name.endswith(".gz") or probe.read(2) == GZIP_MAGIC
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three: bad header, cut short, damaged inside
-        raise DataError(f"{path} could not be read: {error}.") from error
+        byte = error.object[error.start]
+        raise DataError(f"{path} is not UTF-8 at line {number} (byte {byte:#04x}): save it as UTF-8.") from error
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three: no gzip file, cut short, damaged inside
+        raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error

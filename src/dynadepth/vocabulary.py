@@ -67,7 +67,8 @@ class HeadTap:
 def find_finish(config: Any, raw_BV: Tensor, logits_BV: Tensor) -> ToLogits | None:
     """What turns the head's output into the model's logits (both `[B, 1, V]`), or None if unknown.
 
-    It is not trusted to a name: the candidates are compared with the model's own logits bit for bit.
+    It is not trusted to a name: the candidates are compared with the model's own logits bit for bit. Where those are no
+    numbers, as those of a float16 model that overflows, any is right.
     """
     config = config.get_text_config()
     candidates: list[ToLogits] = []
@@ -78,7 +79,8 @@ def find_finish(config: Any, raw_BV: Tensor, logits_BV: Tensor) -> ToLogits | No
     if factor := getattr(config, "logit_scale", None):  # Cohere
         candidates.append(lambda x: x * factor)
     candidates.append(lambda x: x)  # last: on small logits a soft cap may round to nothing
-    return next((finish for finish in candidates if torch.equal(finish(raw_BV), logits_BV)), None)
+    wanted = logits_BV.nan_to_num()
+    return next((finish for finish in candidates if torch.equal(finish(raw_BV).nan_to_num(), wanted)), None)
 
 
 def rows_a_chunk(vocabulary: int) -> int:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import dynadepth
-from dynadepth import MindSkipConfig, StaticConfig
+from dynadepth import MindSkipConfig, StaticConfig, routing_of
 from dynadepth.benchmark import machine
 from dynadepth.benchmark.cost_table import CostTable, Times, Workload
-from dynadepth.benchmark.machine import cost_table, drawn_copy, measure_table, measured_keeps
+from dynadepth.benchmark.machine import DrawnRouter, cost_table, drawn_copy, measure_table, measured_keeps
 from dynadepth.benchmark.speedup import speedup_of
 from dynadepth.budget import calibrate, prompts_to_batches
 from dynadepth.errors import BudgetError, ConfigError, UnsupportedModelError
@@ -335,3 +335,9 @@ def test_a_real_table_is_measured_kept_and_read(monkeypatch, cache):
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(machine, "measure_table", None)
     assert cost_table(model, SMALL) == first
+
+
+def test_a_drawn_routers_threshold_is_where_the_routers_is():
+    """`route` granularity looks at it to know where to bring the states."""
+    drawn = DrawnRouter(next(iter(routing_of(routed()).routers().values())).to("meta"), 0.5, 0.0)
+    assert drawn.threshold.device.type == "meta"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,9 @@ def test_damaged_routers(refused, routers_folder, tmp_path, how):
     expected = {"newer": "format 99", "missing": "routers.safetensors is missing"}.get(how, "truncated or was changed")
     # Said before the model is looked for: a large one takes long to load.
     assert expected in refused("generate", "no/such-model", "--routers", folder, "--prompt", "why")
+    described = refused("info", folder)
+    assert expected in described
+    assert "routing_config.json is damaged" not in described, "it is not"
 
 
 def test_a_folder_of_routers_is_no_model(refused, routers_folder):
@@ -211,6 +215,11 @@ def test_output_that_cannot_be_written_is_said_first(refused, model_folder, tmp_
         "generate", "no/such-model", "--prompt", "a", "--json", tmp_path / "nowhere" / "x.json"
     )
     assert "is a folder" in refused("bench", "no/such-model", "--json", tmp_path)
+    assert "a device or a pipe" in refused("bench", "no/such-model", "--json", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x.json")
+    assert "no folder" in refused("bench", "no/such-model", "--json", tmp_path / "dangling")
+    assert "no home folder" in refused("bench", "~nobody-of-that-name/model")
 
 
 def test_task_and_text_files(refused, model_folder, tmp_path):

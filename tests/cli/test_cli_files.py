@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -46,3 +48,12 @@ def test_results_replace_no_file_of_another_option(refused, tmp_path, words, opt
     assert f"would replace a file of {option}: give another name" in sentence
     if kept:
         assert (tmp_path / kept).read_text(encoding="utf-8") == "mine"
+
+
+def test_a_link_to_a_file_stays_one(answered, model_folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "kept.json"
+    (tmp_path / "out.json").symlink_to(target)
+    document, _ = answered("generate", model_folder, "--prompt", "why")
+    assert (tmp_path / "out.json").is_symlink()
+    assert json.loads(target.read_text(encoding="utf-8")) == document

@@ -52,9 +52,9 @@ def test_text_keeps_its_line_ends(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "not JSON at line 2"),
         ("a.jsonl", b"[1]\n", "no JSON object at line 1"),
         ("a.jsonl", b"\n", "is empty"),
-        ("a.jsonl.gz", b'{"a": 1}\n', "could not be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "could not be read"),
-        ("a.jsonl", b"\xff\xfe\n", "no UTF-8 text"),
+        ("a.jsonl.gz", b'{"a": 1}\n', "cannot be read beyond line"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "cannot be read beyond line"),
+        ("a.jsonl", b"\xff\xfe\n", "not UTF-8 at line 1"),
     ],
     ids=["cut off", "no object", "empty", "not packed", "packed and cut off", "not text"],
 )
@@ -72,7 +72,7 @@ def test_damage_inside_a_gzip_file_is_a_data_error(tmp_path, monkeypatch):
         raise zlib.error("Error -3")
 
     monkeypatch.setattr(gzip, "open", broken)
-    with pytest.raises(DataError, match="could not be read"):
+    with pytest.raises(DataError, match="cannot be read beyond line"):
         read_rows(path)
 
 
@@ -95,3 +95,15 @@ def test_an_empty_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(DataError, match="no text to score"):
         read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("content", [b'{"n": ' + b"1" * 5000 + b"}", b"[" * 100_000], ids=["endless", "deep"])
+def test_what_json_chokes_on_is_one_sentence(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="not JSON at line 1"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_gzip_is_known_by_its_content(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}\n'))
+    assert read_rows(tmp_path / "a.jsonl") == [{"a": 1}]

@@ -280,3 +280,13 @@ def test_the_harness_finds_it_by_name():
     from lm_eval.api.registry import get_model
 
     assert get_model("dynadepth") is DynadepthLM
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_last_option_that_reads_nothing_behind_the_prompt(routed, tokenizer, batch_size):
+    """Nine options of one context, of which all but one go on; rests are read eight at a time."""
+    options = [f" the {word} of it all" for word in ("end", "sum", "top", "gist", "rest", "best", "most", "core")]
+    requests = question(3, [("and so we come at last to", option) for option in (*options, "!")])
+    expected = reference(routed, tokenizer, requests, [len(r.args[0]) for r in requests])
+    found = make_lm(routed, tokenizer, batch_size).loglikelihood(requests)
+    torch.testing.assert_close(sums(found), expected, rtol=1e-4, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from runs import forget_cells
 
 from dynadepth import attach, detach, is_attached, load, lora, recording, routing_of
-from dynadepth.budget import prompts_to_batches, up_to
+from dynadepth.budget import KEEPS, prompts_to_batches, up_to
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.evaluation import evaluate
 from dynadepth.frontier import makers, orders, run, static, workbench
@@ -20,10 +21,12 @@ from dynadepth.frontier.shuffled import deranged, shuffled
 from dynadepth.frontier.workbench import Workbench
 from dynadepth.methods import MindSkipConfig
 from dynadepth.removal import Damage
+from dynadepth.report.folder import read_folder
 from dynadepth.report.frontier_table import compared
 from dynadepth.routing.decision import Site
 from dynadepth.tuning import load_recipe
 from dynadepth.tuning.data import pad_token_id
+from dynadepth.tuning.start import held_out
 from saved_model import WORDS, attach_routers, save_routers
 
 
@@ -390,3 +393,20 @@ def test_a_method_that_the_model_cannot_have_is_said_and_left_out(opened, settin
     assert [row["name"] for row in found.methods] == ["dense", "random"]
     assert told[0] == "default-token is left out: no keys and values of skipped tokens"
     assert found.problems == []
+
+
+def test_a_row_compared_on_one_window_has_no_interval(opened, settings, tmp_path):
+    """It is measured, kept and shown all the same."""
+    asked = settings("default-shuffled", budgets=(0.5,), max_windows=1)
+    found = run_frontier(*opened, asked, tmp_path / "out")
+    (sentence,) = compared(found)
+    assert re.search(r"perplexity \d\.\d{3} × that of default, KL [+-]", sentence)
+    assert read_folder(tmp_path / "out").cells["default-shuffled"][0.5]["against"]["row"] == "default"
+
+
+def test_paths_are_fitted_on_the_texts_that_a_tuning_fits_them_on(opened, settings, tmp_path):
+    recipe = load_recipe()
+    bench = Workbench(*opened, settings("default"), tmp_path)
+    held, training = bench.split("default", recipe)
+    n = len(held) + len(training)
+    assert len(held) == held_out(recipe, n, len(KEEPS)) > round(recipe.holdout * n)

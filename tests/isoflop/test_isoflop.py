@@ -167,6 +167,8 @@ def test_a_cell_whose_loss_turns_nan_says_so_and_the_others_go_on(tmp_path, stud
     found = run_isoflop(one, [folder / "text.txt"], tmp_path / "out")
     assert [document.get("failed") for document in found.values()] == ["The loss became nan at step 3.", None]
     assert len(lines(found, BUDGET)) == 1
+    (kept,) = (tmp_path / "out" / "work").iterdir()
+    assert "small" in kept.name, "its message may say that the last good model is there"
 
 
 def test_tables_figures_and_sentences(study):

@@ -121,3 +121,10 @@ def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> N
 def test_an_order_of_layers_that_do_not_exist() -> None:
     with pytest.raises(ConfigError, match=r"layers \[9\] do not exist"):
         attach(bare(), StaticConfig(order=(9, 0)))
+
+
+@pytest.mark.parametrize("setting", [{"skip": (1, 99)}, {"repeat": (99,), "target": "block"}], ids=str)
+@pytest.mark.parametrize("layers", [None, "all"])
+def test_a_static_route_of_layers_that_do_not_exist_is_refused(setting, layers):
+    with pytest.raises(ConfigError, match=r"names layers \[99\] that do not exist: the model has 4, 0 to 3"):
+        attach(bare(), StaticConfig(layers=layers, **setting))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dynadepth import hub
 from dynadepth.errors import DataError
 from dynadepth.pretraining.corpus import prepare
 from pretraining_runs import DENSE, write_text
@@ -81,7 +82,7 @@ def test_what_was_made_is_used_again_by_the_same_settings_and_files_alone(tmp_pa
         ("a.txt", b" \n \n", r"a\.txt is empty"),
         ("a.jsonl", b'{"text": "  "}\n', r"a\.jsonl is empty"),
         ("a.txt", b"ab\x00cd", r"a\.txt is binary \(it holds a zero byte\)"),
-        ("a.txt", b"\xff\xfe\x00 \x81", r"a\.txt is no UTF-8 text"),
+        ("a.txt", b"\xff\xfe\x00 \x81", r"a\.txt is not UTF-8 at line 1"),
         ("a.jsonl", b'{"body": "x"}\n', r"Row 1 of .*a\.jsonl has no text in 'text'; its columns are 'body'"),
         ("a.jsonl", b"plain\n", r"a\.jsonl is not JSON at line 1"),
     ],
@@ -109,3 +110,25 @@ def test_text_that_is_trained_on_is_not_held_out(tmp_path, copied):
     with pytest.raises(DataError, match=f"--valid {valid.name} holds the same text as --data {text.name}"):
         prepare(DENSE, [text], [valid], tmp_path / "corpus")
     assert not (tmp_path / "corpus").exists()
+
+
+def test_a_start_by_an_embedded_name_reads_its_own_tokenizer(tmp_path, monkeypatch):
+    asked = []
+
+    def named(name):
+        asked.append(name)
+        return prepare(DENSE, [write_text(tmp_path, 80, "own.txt")], [], tmp_path / "own").tokenizer
+
+    monkeypatch.setattr(hub, "load_tokenizer", named)
+    corpus = prepare(
+        replace(DENSE, model={}, start="smollm2-135m"), [write_text(tmp_path, 80)], [], tmp_path / "corpus"
+    )
+    assert set(asked) == {"smollm2-135m"}
+    assert corpus.tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "0" * 400}).encode() + b"\n")
+    corpus = prepare(DENSE, [path], [], tmp_path / "corpus")
+    assert corpus.tokenizer.decode(corpus.train[:4]) == "0000"

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from dynadepth import Site, disabled, fixed_routes, routing_of
 from dynadepth.errors import UnsupportedCacheError
 from dynadepth.routing.cache import RoutedCache
-from small import FAMILIES, KINDS, LAYERS, ids, ragged, routed
+from small import FAMILIES, KINDS, LAYERS, ids, paths, ragged, routed
 
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -78,6 +78,53 @@ def test_offloaded_layers_come_back_although_the_layer_before_was_skipped(monkey
         model(input_ids=ids(2, 1), past_key_values=cache)
     assert torch.isfinite(first.logits).all()
     assert 2 in fetched
+
+
+@FAMILY
+@KIND
+@pytest.mark.parametrize("rows", [2, 3])
+def test_an_interrupted_prefill_leaves_nothing(family: str, granularity: str, kv_policy: str, rows: int) -> None:
+    model, prompt = routed(family, granularity=granularity, kv_policy=kv_policy), ids(rows, 5, seed=3)
+    cache = DynamicCache(config=model.config)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        handle = model.model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids(2, 7), past_key_values=cache)
+        handle.remove()
+
+    interrupt()
+    assert any(layer.is_initialized for layer in cache.layers)
+    again, fresh = model(input_ids=prompt, past_key_values=cache), model(input_ids=prompt)
+    assert torch.equal(again.logits, fresh.logits)
+    assert cache.routes == fresh.past_key_values.routes
+    cache.reset()
+    interrupt()
+    with disabled(model):
+        dense = model(input_ids=prompt, past_key_values=cache).logits
+        assert torch.equal(dense, model(input_ids=prompt).logits)
+    assert cache.get_seq_length() == 5
+
+
+def test_what_is_recorded_for_a_crop_does_not_grow() -> None:
+    """Assisted decoding crops after every round; only what came since can be cropped."""
+    model = paths(routed(skip_path="linear"))
+    sites = routing_of(model).sites
+    with torch.no_grad(), fixed_routes(model, dict.fromkeys(sites, False)):
+        cache = model(input_ids=ids(2, 9)).past_key_values
+        cache.activate_past_recording()
+        for round_ in range(5):
+            model(input_ids=ids(2, 3, seed=round_), past_key_values=cache)
+            cache.crop(-2)
+        held = {memory.past[0].shape[1] for _, memory in cache.memories._held.values()}
+        assert held == {0}
+        kept = torch.cat([ids(2, 9), *(ids(2, 3, seed=round_)[:, :1] for round_ in range(5))], 1)
+        whole = model(input_ids=torch.cat([kept, ids(2, 1, seed=9)], 1)).logits[:, -1]
+        found = model(input_ids=ids(2, 1, seed=9), past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_a_crop_that_a_window_cannot_undo_is_refused_and_changes_nothing() -> None:

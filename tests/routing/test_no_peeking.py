@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
-from dynadepth import MindSkipConfig, attach, detach, fixed_routes, routing_of
+from dynadepth import MindSkipConfig, Site, attach, detach, fixed_routes, routing_of
 from dynadepth.routing.forward import content_prefix
 from dynadepth.routing.granularity import PerSequence
 from small import ALL, COMMON, FAMILIES, VOCABULARY, ids, ragged, routed, scatter
@@ -132,6 +132,26 @@ def test_a_prompt_mask_reaches_generation() -> None:
     with_mask = model.generate(tokens, prompt_mask=first(PROMPT, tokens), **options)
     assert with_mask.past_key_values.routes == model(input_ids=tokens[:, :PROMPT]).past_key_values.routes
     assert with_mask.past_key_values.routes != model.generate(tokens, **options).past_key_values.routes
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "route"])
+@pytest.mark.parametrize(
+    "parts", [{"prefill_chunk_size": 3}, {"prefill_chunk_size": PROMPT + 1}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_a_prompt_mask_reaches_every_part_of_a_prefill(granularity: str, parts: dict[str, int]) -> None:
+    """`generate` hands the mask of the whole prompt to each chunk, and to prompts with drafted tokens behind them."""
+    model = routed(granularity=granularity)
+
+    def route(tokens: Tensor) -> dict[Site, list[int]]:
+        return model(input_ids=tokens).past_key_values.routes
+
+    behind = ids(1, 3).repeat(1, 2)  # there is something to look up
+    prompts = (torch.cat([ids(1, PROMPT, seed=seed), behind], 1) for seed in range(50))
+    tokens = next(t for t in prompts if len({str(route(t[:, :n])) for n in (3, PROMPT, LENGTH)}) == 3)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    wanted = route(tokens[:, : min(PROMPT, parts.get("prefill_chunk_size", PROMPT))])
+    found = model.generate(tokens, prompt_mask=first(PROMPT, tokens), **parts, **options)
+    assert found.past_key_values.routes == wanted
 
 
 # ---- plain text: a prefix of pseudo-random length is the prompt

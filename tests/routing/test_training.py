@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynadepth import MindSkipConfig, StaticConfig, attach, detach, fixed_routes, recording, routing_of
+from dynadepth import MindSkipConfig, Site, StaticConfig, attach, detach, fixed_routes, recording, routing_of
 from dynadepth.errors import ConfigError
 from dynadepth.routing.context import carrying_context
-from small import FAMILIES, KINDS, bare, checkpoint, ids, ragged, routed
+from dynadepth.routing.decision import RoutingDecision, RoutingTrace
+from dynadepth.routing.forward import row_weights
+from small import FAMILIES, KINDS, LAYERS, bare, checkpoint, ids, ragged, routed
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 KIND = pytest.mark.parametrize(("granularity", "kv_policy"), KINDS)
@@ -337,3 +339,12 @@ def test_a_copy_trains_alone() -> None:
     step(twin, batch())
     assert all(router.weight.grad is None for router in routing_of(model).routers().values())
     assert gradients(twin).abs().sum() > 0
+
+
+@pytest.mark.parametrize("inputs", [{}, {"labels": torch.ones(3, 4, dtype=torch.long)}], ids=["no labels", "labels"])
+def test_rows_are_weighed_where_they_were_decided(inputs: dict[str, Tensor]) -> None:
+    """On a second device the depth loss multiplies what routers gave with these weights."""
+    trace = RoutingTrace(LAYERS, batch=3, tokens=4)
+    trace.record(Site(1, "attention"), RoutingDecision(torch.ones(3, dtype=torch.bool, device="meta")))
+    assert row_weights(trace, inputs).device.type == "meta"
+    assert row_weights(RoutingTrace(LAYERS, batch=2, tokens=4), {}).tolist() == [0.5, 0.5]

@@ -8,6 +8,7 @@ import torch
 
 from dynadepth import StaticConfig, attach, detach, fixed_routes, load, recording, routing_of, set_budget
 from dynadepth.budget import calibrate, importance, prompts_to_batches
+from dynadepth.cost import flops_share
 from dynadepth.errors import ConfigError
 from dynadepth.methods import MindSkipConfig
 from dynadepth.routing.decision import KeepRatio
@@ -275,3 +276,20 @@ def test_an_interrupted_run_chooses_what_the_whole_one_does(tmp_path, monkeypatc
 def test_nothing_to_choose_from_is_said():
     with pytest.raises(ConfigError, match=r"'test' cannot choose.*without calibration.*set calibrate to true"):
         dataclasses.replace(LINEAR, choose=True, calibrate=False)
+
+
+def test_a_static_route_as_dear_as_routers_of_tokens():
+    model = tiny()
+    attach(
+        model, MindSkipConfig(granularity="token", kv_policy="project", skip_path="linear", skip_rank=2, layers="all")
+    )
+    sites = routing_of(model).sites
+    found = choice.as_dear(model, 0.5, 64)
+    assert found > 0.5, "skipped tokens project keys and values, and all take the path"
+    spent = flops_share(model, dict.fromkeys(sites, 0.5), 64).target
+    detach(model)
+    attach(model, StaticConfig(skip_path="linear", skip_rank=2, order=(3, 2, 1, 0)))
+    assert flops_share(model, dict.fromkeys(routing_of(model).sites, found), 64).target == pytest.approx(spent)
+    detach(model)
+    attach(model, MindSkipConfig(granularity="token", layers=(0, 1), skip_path="linear", skip_rank=2))
+    assert choice.as_dear(model, 1.0, 64) == 1.0

@@ -124,3 +124,23 @@ def test_joint_without_skip_paths_leaves_the_lora_to_learn(tmp_path):
     assert tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path).steps == 12
     with pytest.raises(ConfigError, match="leaves nothing to learn without skip paths or LoRA"):
         tune(tiny(), Tokenizer(), examples(), dataclasses.replace(RECIPE, joint=0.5), out=tmp_path)
+
+
+def test_a_users_own_lora_is_a_part_of_the_dense_model(tmp_path):
+    """It is what the teacher is, too; no checkpoint would hold what it learnt."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False))
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    assert own
+    dropped = []
+    for name, module in model.named_modules():
+        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, *_: dropped.append(module.training))
+    tune(model, Tokenizer(), examples(), LINEAR, out=tmp_path)
+    assert dropped
+    assert not any(dropped)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], tensor) for name, tensor in own.items())
+    detach(model)
+    assert all(now[name].requires_grad for name in own)

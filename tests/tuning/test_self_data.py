@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from dynadepth.dial import set_threshold
-from dynadepth.errors import ConfigError, TuningError
+from dynadepth.errors import ConfigError, DataError, TuningError
 from dynadepth.methods import MindSkipConfig
 from dynadepth.model import attach
 from dynadepth.routed import routing_of
@@ -338,3 +339,31 @@ def test_embedded_model_answers(smollm2_path: Path) -> None:
     assert all(isinstance(example, Example) for example in examples)
     prompt = tokenizer.decode(examples[0].input_ids[: examples[0].prompt_length])
     assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_answers_are_cut_to_the_longest_length(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = self_examples(model, tokenizer, **SETTINGS)
+    longest = max(example.prompt_length for example in whole)
+    cut = self_examples(model, tokenizer, max_length=longest + 1, **SETTINGS)
+    assert cut == [Example(e.input_ids[: longest + 1], e.prompt_length) for e in whole]
+    assert any(len(a.input_ids) < len(b.input_ids) for a, b in zip(cut, whole, strict=True))
+    lengths = {example.prompt_length for example in whole}
+    assert len(lengths) > 1, "this test needs prompts of several lengths"
+    with pytest.warns(UserWarning, match=f"leave no room for an answer within max_length={longest}"):
+        fewer = self_examples(model, tokenizer, max_length=longest, **SETTINGS)
+    assert fewer == [Example(e.input_ids[:longest], e.prompt_length) for e in whole if e.prompt_length < longest]
+    with pytest.raises(DataError, match="None of the 10 prompts leaves room"):
+        self_examples(model, tokenizer, max_length=1, **SETTINGS)
+
+
+@pytest.mark.parametrize("source", ["self", "file"])
+def test_examples_are_no_longer_than_the_model_reads(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, source: str
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "why is the sky blue " * 200}) + "\n", encoding="utf-8")
+    recipe = Recipe(name="t", source="t", method={"method": "mindskip"}, max_length=10_000, answer_tokens=8)
+    given = "self" if source == "self" else tmp_path / "long.jsonl"
+    longest = max(len(e.input_ids) for e in examples_for(given, model, tokenizer, recipe, max_samples=4))
+    model.config.max_position_embeddings = longest - 1
+    found = examples_for(given, model, tokenizer, recipe, max_samples=4)
+    assert max(len(e.input_ids) for e in found) == longest - 1

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from dynadepth import MindSkipConfig, attach, detach, is_attached, load, recording, routing_of, set_budget, vocabulary
 from dynadepth.errors import BudgetError, ConfigError, TuningError
@@ -16,7 +18,7 @@ from dynadepth.tuning.data import Collator, Example
 from dynadepth.tuning.objectives import Predictions, ce_loss, ce_sum, kl_loss, kl_sum
 from dynadepth.tuning.run import tune
 from dynadepth.tuning.surrogate import fit_paths
-from dynadepth.tuning.trainer import RouterTrainer, trainer_for
+from dynadepth.tuning.trainer import RouterTrainer, check_device, trainer_for
 from tuning_runs import LINEAR, RECIPE, STATIC, Tokenizer, examples, fingerprint, tiny
 
 both = pytest.mark.parametrize("recipe", [RECIPE, LINEAR], ids=["identity", "linear"])
@@ -126,6 +128,58 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(tmp_path, mon
     (half / "routing_config.json").write_text('{"format":')
     tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
     assert (tmp_path / "routers.safetensors").read_bytes() == wanted
+
+
+def test_a_checkpoint_without_the_trainers_own_state_is_passed_over(tmp_path):
+    """Routers are written first; a kill while the optimiser's state is written leaves them alone."""
+    tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    wanted = (tmp_path / "routers.safetensors").read_bytes()
+    (whole,) = (tmp_path / "checkpoints").glob("checkpoint-*")
+    for number, name in ((98, "optimizer.pt"), (99, "trainer_state.json")):
+        half = shutil.copytree(whole, whole.with_name(f"checkpoint-{number}"))
+        (half / "trainer_state.json").unlink()
+        (half / name).write_text("")
+    again = tune(tiny(), Tokenizer(), examples(), RECIPE, out=tmp_path)
+    assert again.steps == 12
+    assert (tmp_path / "routers.safetensors").read_bytes() == wanted
+
+
+def test_a_run_stopped_after_its_training_trains_no_step_more(tmp_path):
+    recipe = dataclasses.replace(LINEAR, epochs=1.5, learning_rate=0.05)  # not whole epochs
+    first = tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path)
+    wanted = (tmp_path / "routers.safetensors").read_bytes()
+    again = tune(tiny(), Tokenizer(), examples(), recipe, out=tmp_path)
+    assert (again.steps, again.losses) == (first.steps, first.losses)
+    assert (tmp_path / "routers.safetensors").read_bytes() == wanted
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("checkpoint-*")) == [f"checkpoint-{first.steps}"]
+
+
+def test_more_gpus_than_one_change_no_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: getattr(args, "_n_gpu", 4) or 4))
+    model = attach(tiny(), RECIPE.config())
+    made = trainer_for(model, examples(), Collator(0), RECIPE, tmp_path, 0.75, 0, None)
+    assert made.args.n_gpu == 1
+    assert made.args.train_batch_size == RECIPE.batch_size
+
+
+def test_another_gpu_than_the_first_is_refused(tmp_path, monkeypatch):
+    model = tiny()
+    check_device(model)
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+        tune(model, Tokenizer(), examples(), RECIPE, out=tmp_path)
+
+
+def test_a_model_that_overflows_is_said_before_anything_is_fitted(tmp_path):
+    """On the texts that it is tuned on: what `attach` shows it may be harmless."""
+    model = tiny()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[61].fill_(torch.inf)
+    given = [Example([61, 5, 61, 7, 61, 9, 61, 11], 4), *examples()]
+    for recipe in (RECIPE, LINEAR):
+        with pytest.raises(TuningError, match="LlamaForCausalLM overflows in float32, without any route"):
+            tune(model, Tokenizer(), given, recipe, out=tmp_path)
+        assert not is_attached(model)
 
 
 def test_skip_paths_are_tuned_and_saved(tmp_path):

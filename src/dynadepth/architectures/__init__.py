@@ -9,9 +9,19 @@ from dynadepth.architectures.spec import (
     ArchitectureSpec,
     decoder_layers,
     decoder_of,
+    positions_of,
     project_kv,
     spec_for,
     text_config,
 )
 
-__all__ = ["STANDARD", "ArchitectureSpec", "decoder_layers", "decoder_of", "project_kv", "spec_for", "text_config"]
+__all__ = [
+    "STANDARD",
+    "ArchitectureSpec",
+    "decoder_layers",
+    "decoder_of",
+    "positions_of",
+    "project_kv",
+    "spec_for",
+    "text_config",
+]

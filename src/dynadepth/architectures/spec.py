@@ -71,6 +71,12 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Most tokens that the model reads, where its configuration says."""
+    limit: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return limit
+
+
 def spec_for(model: PreTrainedModel) -> ArchitectureSpec:
     """The spec declared for the model's type, else the standard one."""
     import_modules("dynadepth.architectures")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dynadepth.architectures import positions_of
 from dynadepth.benchmark.ideal import ideal_saving
 from dynadepth.benchmark.pruned import bare_twin, pruned_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
@@ -380,5 +381,5 @@ def _check(
 
 
 def _is_beyond(model: PreTrainedModel, work: Work) -> bool:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     return limit is not None and work.ids_BT.shape[1] > limit

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynadepth import adapter, provenance
-from dynadepth.architectures import decoder_layers
+from dynadepth.architectures import decoder_layers, positions_of
 from dynadepth.benchmark.cost_table import CostTable, Times, Workload
 from dynadepth.benchmark.pruned import bare_twin, shared_copy
 from dynadepth.benchmark.timing import Samples, Work, measure, median, spread
@@ -53,7 +53,7 @@ def cost_table(model: torch.nn.Module, workload: Workload, progress: Progress | 
     Raises ConfigError for a workload longer than the model reads.
     """
     base = unwrapped(model)
-    limit = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(base)
     if limit is not None and workload.context + workload.new_tokens > limit:
         raise ConfigError(f"{workload} cannot be timed: the model reads {limit:,}; ask for a shorter workload.")
     setting = describe(base, workload)
@@ -199,6 +199,7 @@ class DrawnRouter(AbstractRouter):
     def __init__(self, router: AbstractRouter, keep: float, place: float) -> None:
         super().__init__()
         self.router, self.keep, self.place = router, keep, place
+        self.threshold = torch.zeros_like(router.threshold)  # on its device
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.router(hidden)

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Cache
@@ -85,9 +84,8 @@ def resident_peak() -> int | None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values in an ordinary cache; of views, only the elements they show."""
-    layers: list[Any] = cache.layers
-    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
 def _status_bytes(field: str) -> int:

@@ -44,7 +44,7 @@ def calibrate(
         read = {"--data": [Path(data)], "--routers": options.saved_routers(routers)}
         options.check_output_file(json_file, {**read, "--out": options.saved_routers(out_dir)})
         loaded, tokenizer = open_model(model, routers)
-        from dynadepth.architectures import text_config
+        from dynadepth.architectures import positions_of
         from dynadepth.model import save
         from dynadepth.report.stamp import stamp
         from dynadepth.routed import routing_of
@@ -52,7 +52,7 @@ def calibrate(
         from dynadepth.tuning.data import load_examples, pad_token_id
         from dynadepth.tuning.recalibrate import recalibrate
 
-        max_length = min(max_length, text_config(loaded).max_position_embeddings or max_length)
+        max_length = min(max_length, positions_of(loaded) or max_length)
         with progress(f"reading {data}"):
             examples = load_examples(data, tokenizer, max_samples=max_samples, max_length=max_length, seed=seed)
         with progress(f"calibrating on {len(examples)} prompts") as tell:

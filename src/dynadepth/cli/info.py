@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from dynadepth.cli.session import facts, open_model, out, percent, progress, reporting, table
-from dynadepth.errors import AdapterError
+from dynadepth.errors import AdapterError, DynadepthError
 
 
 def info(
@@ -22,6 +22,8 @@ def info(
 
             try:
                 show_routers(model, describe_routers(model))
+            except DynadepthError:
+                raise  # says what is wrong, and where
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 damaged = Path(model) / "routing_config.json"
                 raise AdapterError(f"{damaged} is damaged ({error!r}): save the routers again.") from error

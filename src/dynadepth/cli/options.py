@@ -135,9 +135,16 @@ def check_output_file(
             raise ConfigError(f"{option} {path} would replace a file of {other}: give another name.")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give the name of a file.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"{path} is no file but a device or a pipe: give the name of a file, which is made or replaced."
+        )
+    folder = path.resolve().parent  # of a link: where the file is
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{path} cannot be written: there is no folder {folder if path.is_symlink() else path.parent}."
+        )
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise ConfigError(f"{path} cannot be written: permission denied.")
 
 

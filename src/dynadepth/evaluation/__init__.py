@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynadepth.architectures import positions_of
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.files import read_text, with_window
-from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, positions_of, protocol
+from dynadepth.evaluation.perplexity import Divergence, Perplexity, divergence, perplexity, protocol
 from dynadepth.evaluation.scoring import DenseStates
 from dynadepth.evaluation.spent import spending
 from dynadepth.model import disabled

@@ -124,18 +124,10 @@ class ContinuationScorer:
             self.shares = False
             return dict(self._one_by_one(batch, requests))
         rows = [(parent, rest) for parent, (_, rests) in enumerate(batch) for rest in rests if rest]
-        parents = torch.tensor([parent for parent, _ in rows], device=self.model.device)
-        first.cache.batch_select_indices(parents)
-        rest_ids_BT, rest_mask_BT = self._padded([rest for _, rest in rows], left=False)
-        starts_B1 = self._column(len(batch[parent][0]) for parent, _ in rows)
-        second = self.scorer(
-            rest_ids_BT,
-            torch.cat([mask_BT[parents], rest_mask_BT], dim=1),
-            None,
-            position_ids=starts_B1 + torch.arange(rest_ids_BT.shape[1], device=self.model.device),
-            past_key_values=first.cache,
-            use_cache=True,
-        )
+        forwards = [first]
+        if rows:  # else all that is asked for is predicted inside the prompts
+            lengths = [len(prompt) for prompt, _ in batch]
+            forwards.append(self._go_on(first.cache, mask_BT, lengths, rows))
         places = _Places()
         at = {row: number for number, row in enumerate(rows)}
         for parent, (_, rests) in enumerate(batch):
@@ -146,7 +138,22 @@ class ContinuationScorer:
                     before = max(0, min(len(continuation), -start))
                     places.add(index, continuation[:before], parent, ids_BT.shape[1] + start, forward=0)
                     places.add(index, continuation[before:], at.get((parent, rest), -1), max(start, 0), forward=1)
-        return places.answers([first, second])
+        return places.answers(forwards)
+
+    def _go_on(self, cache: Any, mask_BT: Tensor, lengths: list[int], rows: list[tuple[int, Tokens]]) -> States:
+        """Reads rests, each behind the prompt (its row in the cache, of `lengths` tokens) that it belongs to."""
+        parents = torch.tensor([parent for parent, _ in rows], device=self.model.device)
+        cache.batch_select_indices(parents)
+        rest_ids_BT, rest_mask_BT = self._padded([rest for _, rest in rows], left=False)
+        starts_B1 = self._column(lengths[parent] for parent, _ in rows)
+        return self.scorer(
+            rest_ids_BT,
+            torch.cat([mask_BT[parents], rest_mask_BT], dim=1),
+            None,
+            position_ids=starts_B1 + torch.arange(rest_ids_BT.shape[1], device=self.model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
 
     def _one_by_one(self, batch: list[tuple[Tokens, Rests]], requests: list[Request]) -> Iterator[tuple[int, Answer]]:
         for prompt, rests in batch:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dynadepth.architectures import positions_of
 from dynadepth.errors import ConfigError, DataError
 from dynadepth.evaluation.scoring import DenseStates, Scorer, States, log_prob_chunks, pair_log_probs
 from dynadepth.model import disabled
@@ -58,7 +59,7 @@ class Perplexity:
     def of(cls, rows: Sequence[float], n_tokens: int) -> Perplexity:
         """From the windows' own negative log-likelihoods (nats a token; all windows score equally many tokens)."""
         nll = sum(rows) / len(rows)
-        return cls(math.exp(nll) if nll < 700 else math.inf, nll, n_tokens, tuple(rows))
+        return cls(math.inf if nll >= 700 else math.exp(nll), nll, n_tokens, tuple(rows))
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of the JSON contract."""
@@ -273,11 +274,6 @@ def _batches(windows_NT: Tensor, batch_size: int, progress: Progress | None) -> 
         yield windows_NT[start : start + batch_size]
         if progress is not None:
             progress(f"{min(start + batch_size, len(windows_NT))} of {len(windows_NT)} windows")
-
-
-def positions_of(model: Any) -> int | None:
-    """Longest input of the model, where its config says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynadepth.errors import BudgetError, ConfigError
+from dynadepth.errors import BudgetError, ConfigError, user_path
 from dynadepth.evaluation.files import read_text, with_window
 from dynadepth.evaluation.perplexity import protocol
 from dynadepth.report.cells import OWN
@@ -87,7 +87,7 @@ class Settings:
 
 def source_facts(source: str) -> dict[str, Any]:
     """What a tuning data source is: its name and, of a file, its digest."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return {"name": path.name, "sha256": _digest(path.read_bytes())} if path.is_file() else {"name": source}
 
 

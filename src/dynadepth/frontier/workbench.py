@@ -31,7 +31,7 @@ from dynadepth.routing.decision import Site
 from dynadepth.tuning import Example, Recipe, examples_for, tune
 from dynadepth.tuning.data import pad_token_id
 from dynadepth.tuning.orders import scores_of
-from dynadepth.tuning.start import fit_batches, fit_tokens
+from dynadepth.tuning.start import fit_batches, fit_tokens, held_out, shares_of
 from dynadepth.tuning.surrogate import fit_paths
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Workbench:
     def split(self, row: str, recipe: Recipe) -> tuple[list[Example], list[Example]]:
         """The method's held-out examples, and those that are tuned or fitted on."""
         examples = self.examples(row, recipe)
-        held = max(1, round(recipe.holdout * len(examples)))
+        held = held_out(recipe, len(examples), len(shares_of(recipe, recipe.budget)))
         return examples[:held], examples[held:]
 
     def scores(self, row: str, recipe: Recipe, target: str) -> dict[Site, float]:

@@ -128,7 +128,8 @@ class _Study:
             left = [c for c in cells if c not in self.found]
             document = plain(self._measure(cell, place, left))
             write_json(self.out / CELLS / f"{cell.name}.json", document)
-            shutil.rmtree(self.out / WORK / cell.name, ignore_errors=True)
+            if "failed" not in document:  # whose message may name the last good model
+                shutil.rmtree(self.out / WORK / cell.name, ignore_errors=True)
             self.found[cell] = document
             self._write_summary()
             self.teller.say(f"{place}: {_told(document)}{self._time_left(left[1:])}")

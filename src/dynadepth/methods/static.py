@@ -67,6 +67,14 @@ class StaticConfig(DepthConfig):
             missing = sorted(set(self.repeat) - set(self.layers))
             raise ConfigError(f"repeat names layers {missing} that are not among the routed ones {list(self.layers)}.")
 
+    def routed_layers(self, n_layers: int) -> tuple[int, ...]:
+        for setting in ("skip", "repeat"):
+            if beyond := [layer for layer in getattr(self, setting) if not 0 <= layer < n_layers]:
+                raise ConfigError(
+                    f"{setting} names layers {beyond} that do not exist: the model has {n_layers}, 0 to {n_layers - 1}."
+                )
+        return super().routed_layers(n_layers)
+
     def default_layers(self, n_layers: int) -> tuple[int, ...]:
         """Only what is skipped or repeated, or may be skipped, needs routing."""
         return tuple(sorted(self.order)) or tuple(sorted(self.skip + self.repeat)) or tuple(range(n_layers))

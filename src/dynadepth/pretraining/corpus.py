@@ -80,9 +80,11 @@ def load(folder: Path, start: str = "") -> Corpus:
         raise DataError(f"{folder} holds no corpus: give the text with --data FILE.")
     from transformers import AutoTokenizer
 
+    from dynadepth.hub import load_tokenizer
+
     facts = read_json(folder / "corpus.json")["made_of"]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "valid", "bytes")}
-    tokenizer = AutoTokenizer.from_pretrained(start or folder)
+    tokenizer = load_tokenizer(start) if start else AutoTokenizer.from_pretrained(folder)
     return Corpus(arrays["train"], arrays["valid"], tokenizer, np.array(arrays["bytes"]), facts)
 
 
@@ -142,12 +144,11 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
 def _split(recipe: PretrainRecipe, files: Sequence[Path], valid: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Texts to train on, and texts to validate with."""
     read = [document for path in files for document in documents(path)]
-    marked = [document for document in read if document["split"] in ("valid", "validation", "test")]
     chosen = set(recipe.validation_ids)
     if missing := chosen - {document["id"] for document in read}:
         raise DataError(f"validation_ids names {sorted(missing)[0]!r}, which no row of the data has as its id.")
-    held_out = [d for d in read if d["id"] in chosen] if chosen else [d for d in marked if d["split"] != "test"]
-    train = [d["text"] for d in read if d not in marked and d not in held_out]
+    held_out = [d for d in read if (d["id"] in chosen if chosen else d["split"] in ("valid", "validation"))]
+    train = [d["text"] for d in read if d["id"] not in chosen and d["split"] not in ("valid", "validation", "test")]
     if valid:
         return train, [document["text"] for path in valid for document in documents(path)]
     if held_out:

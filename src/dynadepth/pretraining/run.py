@@ -333,6 +333,7 @@ def _arguments(recipe: PretrainRecipe, plan: Plan, out: Path) -> TrainingArgumen
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # one GPU a process: more, within one, would be a larger batch than was planned
     whole = args.world_size * recipe.gradient_accumulation
     if recipe.batch_size % whole:
         raise ConfigError(

@@ -187,14 +187,19 @@ def compared(found: Findings) -> list[str]:
                 on = f" on {text}" if len(beside["perplexity"]) > 1 else ""
                 sentence = (
                     f"{row['name']} at {budget_label(budget)}: perplexity{on} {ratio['value']:.3f} × that of "
-                    f"{beside['row']} (95 % {ratio['low']:.3f} to {ratio['high']:.3f})"
+                    f"{beside['row']}{_between(ratio, '95 % {:.3f} to {:.3f}')}"
                 )
                 if kl := (beside.get("kl") or {}).get(text):
-                    sentence += f", KL {kl['value']:+.4f} ({kl['low']:+.4f} to {kl['high']:+.4f})"
+                    sentence += f", KL {kl['value']:+.4f}{_between(kl, '{:+.4f} to {:+.4f}')}"
                 if inputs := (cell.get("shuffled") or {}).get("texts"):
                     sentence += f"; {inputs['changed']} of {inputs['inputs']} windows had another route"
                 said.append(f"{sentence}.")
     return said
+
+
+def _between(value: Mapping[str, Any], form: str) -> str:
+    """An interval in brackets; nothing of a single window, which has none."""
+    return "" if value["low"] is None or value["high"] is None else f" ({form.format(value['low'], value['high'])})"
 
 
 def _given(cell: Cell, dense: Cell | None) -> str:

@@ -49,6 +49,7 @@ class RoutedCache(DynamicCache):
     ) -> RoutedCache:
         """Turns an empty `DynamicCache` into a `RoutedCache` in place, or raises saying which cache to use instead."""
         if isinstance(cache, RoutedCache):
+            cache._forget_interrupted()
             if cache.layout == layout:
                 return cache
             if cache.seen:
@@ -82,6 +83,7 @@ class RoutedCache(DynamicCache):
         """Turns this cache, which must be empty, back into the `DynamicCache` it was, for a dense forward to fill."""
         if self.seen:
             self.refuse("a dense forward needs an empty one")
+        self._forget_interrupted()
         del self.layers[len(self.layers) - len(self.slots) :]
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SparseLayer):
@@ -90,6 +92,11 @@ class RoutedCache(DynamicCache):
         for name in ("seen", "book", "stored_rows", "layout", "slots", "memories"):
             delattr(self, name)
         self.__class__ = DynamicCache  # type: ignore[assignment]  # the same layout
+
+    def _forget_interrupted(self) -> None:
+        """Empties a cache whose first forward did not come to its end (an error, Ctrl-C): some layers are filled."""
+        if not self.seen and (self.book.decided or any(getattr(layer, "is_initialized", 0) for layer in self.layers)):
+            self.reset()
 
     def refuse(self, reason: str) -> NoReturn:
         """Raises UnsupportedCacheError for a forward that cannot read this cache."""

@@ -200,16 +200,17 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
 
     mask = kwargs.get("attention_mask")
     token_mask = mask[:, -tokens:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    padding_unknown = mask is not None and token_mask is None and prompt_mask is None
+    past = 0 if cache_ is None else cache_.seen
     pool_mask = None
     if routing.granularity.sticky and not book.complete:
         labels = kwargs.get("labels") if routing.predicts else None  # a classifier's are no tokens that could be seen
-        pool_mask = _pool_mask(kwargs, source, token_mask, prompt_mask, labels)
+        pool_mask = _pool_mask(kwargs, source, token_mask, prompt_mask, past, labels)
         prompt_length = prompted(routing)
         if prompt_length is not None:
-            past = 0 if cache_ is None else cache_.seen
             given = torch.arange(past, past + tokens, device=source.device).expand(batch, -1) < prompt_length
             pool_mask = given if pool_mask is None else pool_mask & given
-    prefill = not book.complete if routing.granularity.sticky else cache_ is None or not cache_.seen or tokens > 1
+    prefill = not book.complete if routing.granularity.sticky else not past or tokens > 1
     attentions = kwargs.get("output_attentions")
     attentions = bool(getattr(text_config, "output_attentions", False) if attentions is None else attentions)
     context = ForwardContext(
@@ -223,7 +224,7 @@ def open_context(model: Any, routing: Any, kwargs: dict[str, Any], prompt_mask: 
         penalised=training or not choosing,
         token_mask=token_mask,
         pool_mask=pool_mask,
-        padding_unknown=mask is not None and token_mask is None and prompt_mask is None,
+        padding_unknown=padding_unknown,
         output_attentions=attentions,
         injected=injections(routing),
     )
@@ -266,12 +267,20 @@ def _pool_mask(
     source: Tensor,
     token_mask: Tensor | None,
     prompt_mask: Tensor | None,
+    past: int,
     labels: Tensor | None,
 ) -> Tensor | None:
-    """The tokens that a route may depend on (design, semantic 4): bool `[B, T]`, None for all. `labels`: of tokens."""
+    """The tokens that a route may depend on (design, semantic 4): bool `[B, T]`, None for all. `labels`: of tokens.
+
+    `prompt_mask` is of this forward's tokens; or of all from the first on, as `generate` hands it to every part of a
+    prefill and to prompts with drafted tokens behind them: what it does not reach is no prompt.
+    """
     tokens = source.shape[1]
     if prompt_mask is not None:
-        prompt = prompt_mask[:, -tokens:].bool().to(source.device)
+        prompt = prompt_mask.bool().to(source.device)
+        if prompt.shape[1] != tokens:
+            short = max(past + tokens - prompt.shape[1], 0)
+            prompt = torch.nn.functional.pad(prompt, (0, short))[:, past : past + tokens]
         return prompt if token_mask is None else prompt & token_mask
     if labels is None:
         return token_mask
@@ -312,7 +321,7 @@ def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: d
         outputs["attentions"] = _whole_attentions(context, outputs.attentions)
     loss = None
     if context.masked and context.penalised:
-        loss = routing.config.depth_loss(trace, _row_weights(trace, kwargs if routing.predicts else {}))
+        loss = routing.config.depth_loss(trace, row_weights(trace, kwargs if routing.predicts else {}))
         if loss is not None and getattr(outputs, "loss", None) is not None:
             outputs["loss"] = outputs.loss + loss.to(outputs.loss.dtype)
     for name, value in (("depth_trace", trace), ("depth_logits", trace.logits), ("depth_loss", loss)):
@@ -320,13 +329,14 @@ def close_context(context: ForwardContext, routing: Any, outputs: Any, kwargs: d
     publish(trace, context.book)
 
 
-def _row_weights(trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
-    """Weights `[B]` of the rows in the depth loss: equal; under gradient accumulation (where the trainer gives the
-    number of label tokens of the whole step) by label tokens, so that any division into micro-batches adds up to the
-    same loss."""
+def row_weights(trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
+    """Weights `[B]` of the rows in the depth loss, on the decisions' device: equal; under gradient accumulation (where
+    the trainer gives the number of label tokens of the whole step) by label tokens, so that any division into
+    micro-batches adds up to the same loss."""
     labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     if labels is None or items is None:
-        return torch.full((trace.batch,), 1 / trace.batch, device=None if labels is None else labels.device)
+        decided = next((decision.execute.device for decision in trace.decisions.values()), None)
+        return torch.full((trace.batch,), 1 / trace.batch, device=decided)
     return (labels[:, 1:] != -100).sum(1) / items
 
 

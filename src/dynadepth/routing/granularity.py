@@ -162,9 +162,12 @@ class PerSequence(Granularity):
             skipping, index = context.book.skipping(state.site, hidden.device)
             part = hidden[index]
             skipped = state.target.skipped(part, state.contribution(part, context, (skipping, index)))
-            whole = state.target.canvas(hidden).index_copy_(0, index, skipped)
-            execute = torch.ones(batch, dtype=torch.bool, device=hidden.device).index_fill_(0, index, False)
-            output = state.blend(output, whole, execute, context)
+            if state.post_norm:  # which what skipped does not go through
+                whole = state.target.canvas(hidden).index_copy_(0, index, skipped)
+                execute = torch.ones(batch, dtype=torch.bool, device=hidden.device).index_fill_(0, index, False)
+                output = state.blend(output, whole, execute, context)
+            else:
+                output.index_copy_(0, index, skipped.to(output.dtype))
         return state.wrap(output, state.full_rows(result, rows, batch, context))
 
     def _route(self, state: SublayerState, hidden: Tensor, context: ForwardContext) -> None:

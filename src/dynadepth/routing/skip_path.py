@@ -82,11 +82,11 @@ class Memory:
         return Memory(last, total, torch.where(real[:, 0], after.count, self.count))
 
     def without(self, tokens: int) -> Memory | None:
-        """As it was before the latest `tokens` tokens; None where they were not recorded."""
+        """As it was before the latest `tokens` tokens, recording anew; None where they were not recorded."""
         if self.origin is None or self.past is None or self.past[0].shape[1] < tokens:
             return None
         past = tuple(t[:, : t.shape[1] - tokens] for t in self.past)
-        return self.origin.recording().extended(*past)
+        return self.origin.recording().extended(*past).recording()
 
     def recording(self) -> Memory:
         """This memory, recording from now on."""

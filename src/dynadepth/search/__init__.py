@@ -41,7 +41,7 @@ def search_files(
     an `out` that exists or was begun with other settings, `BudgetError` for a budget that no route can meet,
     `UnsupportedModelError` where layers cannot be run apart.
     """
-    from dynadepth.architectures import text_config
+    from dynadepth.architectures import positions_of
     from dynadepth.errors import DataError
     from dynadepth.search.questions import digest, load_questions, source_of
     from dynadepth.search.run import header_for, search
@@ -51,8 +51,7 @@ def search_files(
         raise DataError(
             f"two data files have the same name ({', '.join(names)}): the file of routes tells by it. Rename one."
         )
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    questions, remarks = load_questions(files, tokenizer, longest, limit)
+    questions, remarks = load_questions(files, tokenizer, positions_of(model), limit)
     for remark in remarks:
         if warn is not None:
             warn(remark)

@@ -1,8 +1,8 @@
 """Routers, or the static route of the same skip paths: whichever keeps closer to the dense model on held-out examples.
 
-Both are compared at the same keep ratio, in which a long example counts for more, as in KL. The static route skips the
-least important sites first, as many as the routers skipped; between two whole numbers of them, the figures of both are
-mixed.
+Both are compared at the same keep ratio, in which a long example counts for more, as in KL; routers of tokens, whose
+skipped tokens are not free of the sublayer's work, at the same FLOPs. The static route skips the least important sites
+first, as many as that makes; between two whole numbers of them, the figures of both are mixed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from functools import partial
 from torch import nn
 
 from dynadepth.budget import in_order, mixture
+from dynadepth.cost import flops, flops_share, path_weights
 from dynadepth.dial import set_budget
 from dynadepth.methods import StaticConfig
 from dynadepth.model import adopt_lora, attach, detach, fixed_routes
-from dynadepth.routed import routing_of
+from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.statistics import paired_bootstrap
 from dynadepth.tuning.data import Collator, Example
@@ -43,7 +44,8 @@ class Choice:
     order: tuple[int, ...]
     """Of the static route: layers, the one that is skipped first coming first."""
     by_budget: tuple[dict[str, float], ...]
-    """`budget`, `keep` (of all sublayers of the target, by scored token; both had it), `kl_routers`, `kl_static`."""
+    """`budget`, `keep` (of all sublayers of the target, by scored token), `keep_static` (the same, but for routers of
+    tokens), `kl_routers`, `kl_static`."""
 
 
 def choose(
@@ -63,15 +65,19 @@ def choose(
     routed = distances(model, examples, collator, [partial(_at_budget, model, b) for b in budgets], progress)
     keeps = [found.executed for found in routed if found.executed is not None]
     assert len(keeps) == len(budgets), "a routed model records what it executes"
+    equal = keeps
+    if not routing_of(model).granularity.sticky:
+        length = round(sum(len(example.input_ids) for example in examples) / len(examples))
+        equal = [as_dear(model, keep, length) for keep in keeps]
     n, tokens = len(examples), max(routed[0].tokens, 1)
     each = n / tokens  # of an example's sum, so that the mean over examples is nats a token
     own = [[each * kl for kl in found.kl] for found in routed]
-    twin = [[each * kl for kl in sums] for sums in twins(model, examples, collator, order, keeps, progress)]
+    twin = [[each * kl for kl in sums] for sums in twins(model, examples, collator, order, equal, progress)]
     a, b = ([sum(column) / len(budgets) for column in zip(*rows, strict=True)] for rows in (own, twin))
     interval = paired_bootstrap(a, b) if n > 1 else None
     kl_routers, kl_static = sum(a) / n, sum(b) / n
     chosen = ROUTERS if interval is not None and interval[1] < 0 else STATIC
-    measured = zip(budgets, keeps, own, twin, strict=True)
+    measured = zip(budgets, keeps, equal, own, twin, strict=True)
     return Choice(
         chosen=chosen,
         why=_why(chosen, kl_routers, kl_static, len(budgets), n),
@@ -81,10 +87,27 @@ def choose(
         n_examples=n,
         order=order,
         by_budget=tuple(
-            {"budget": budget, "keep": keep, "kl_routers": sum(o) / n, "kl_static": sum(t) / n}
-            for budget, keep, o, t in measured
+            {
+                "budget": budget,
+                "keep": keep,
+                "keep_static": keep_static,
+                "kl_routers": sum(o) / n,
+                "kl_static": sum(t) / n,
+            }
+            for budget, keep, keep_static, o, t in measured
         ),
     )
+
+
+def as_dear(model: nn.Module, keep: float, length: int) -> float:
+    """The keep ratio of a static route that takes as many FLOPs of the target's as routers of tokens do which execute
+    `keep` of all its sublayers, in sequences of `length`; sublayers taken as equally dear."""
+    routing, base = routing_of(model), unwrapped(model)
+    routed = 1.0 - (1.0 - keep) * routing.n_layers / len(routing.sites)
+    spent = flops_share(base, dict.fromkeys(routing.sites, routed), length).target
+    whole = sum(flops(base, routing.target.name, site.layer, length) for site in routing.sites)
+    path = sum(2 * length * path_weights(base, site) for site in routing.sites) / whole
+    return min(1.0, 1.0 - (1.0 - spent) / (1.0 - path)) if path < 1.0 else 1.0
 
 
 def twins(

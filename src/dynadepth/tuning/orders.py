@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynadepth.architectures import positions_of
 from dynadepth.budget import importance, joined, prompts_to_batches
 from dynadepth.removal import Damage, GreedySearch, alone
 from dynadepth.routed import routing_of, unwrapped
@@ -134,7 +135,7 @@ def _windows(model: nn.Module, examples: Sequence[Example], count: int) -> list[
 
 def _length(model: nn.Module) -> int:
     """Tokens of a long window: as many as the model reads, at most `WINDOW`."""
-    return min(WINDOW, getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    return min(WINDOW, positions_of(unwrapped(model)) or WINDOW)
 
 
 def _cosine(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dynadepth import adapter
 from dynadepth.architectures import decoder_layers
@@ -86,13 +88,14 @@ def kept_start(model: nn.Module, out: Path) -> tuple[Measured, dict[str, Tensor]
     return None
 
 
-def resumable(model: nn.Module, out: Path) -> Path | None:
-    """The last checkpoint in `out` that this run can go on from."""
-    found = (out / CHECKPOINTS).glob("checkpoint-*")
+def resumable(model: nn.Module, out: Path) -> tuple[Path, TrainerState] | None:
+    """The last whole checkpoint in `out` that this run can go on from, and where the trainer stood."""
+    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     for folder in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with suppress(AdapterError):
+        with suppress(AdapterError, OSError, TypeError, ValueError):
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which the trainer writes last
             if _is_of_this_run(_read(folder)[0], model):
-                return folder
+                return folder, state
     return None
 
 

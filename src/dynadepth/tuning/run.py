@@ -28,14 +28,17 @@ from dynadepth.tuning.recipe import Recipe
 from dynadepth.tuning.resuming import Measured, keep_start, kept_start, restore, resumable, snapshot
 from dynadepth.tuning.start import (
     check_learnable,
+    check_numbers,
     data_digest,
     fit,
+    freeze_base,
     held_out,
     initialise,
+    shares_of,
     start_by_token,
     state_budget,
 )
-from dynadepth.tuning.trainer import Progress, RouterTrainer, check_trainable, moved, trainer_for
+from dynadepth.tuning.trainer import Progress, RouterTrainer, check_device, check_trainable, moved, trainer_for
 
 
 @dataclass
@@ -115,12 +118,14 @@ def tune(
     if is_attached(model):
         raise ConfigError("This model is already routed: dynadepth.detach(model) first.")
     check_trainable(recipe)
+    check_device(model)
     if len(examples) < 2:
         raise TuningError(f"{len(examples)} example leaves nothing to hold out: give at least 2.")
 
     overrides = {"target": target, "granularity": granularity, "kv_policy": kv_policy}
     attach(model, recipe.config(**overrides))
     try:
+        freeze_base(model)
         start = _start(model, tokenizer, examples, recipe, budget, overrides, out, seed, resume, progress)
     except BaseException:
         detach(model)
@@ -187,8 +192,9 @@ def _start(
     pad = pad_token_id(tokenizer)
     budget, keep = state_budget(model, recipe, budget, overrides)
     check_learnable(model, recipe)
+    check_numbers(model, examples[0])
     routing = routing_of(model)
-    shares = sorted({*budgets.KEEPS, round(keep, 4)}) if recipe.calibrate and not routing.is_static else []
+    shares = [] if routing.is_static else shares_of(recipe, keep)
     n_heldout = held_out(recipe, len(examples), len(shares))
     heldout, training = list(examples[:n_heldout]), list(examples[n_heldout:])
     routing.provenance = {
@@ -259,7 +265,10 @@ def _train(
     trainer.started, trainer.before = started, start.earlier
     checkpoint = resumable(model, out) if resume else None
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is None:
+            trainer.train()
+        else:
+            trainer.go_on(*checkpoint)
         trainer.check_finite()
     except (KeyboardInterrupt, TuningError) as error:
         routing.provenance["stopped"] = {"step": trainer.state.global_step, "why": str(error) or "interrupted"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dynadepth.errors import ConfigError, TuningError
+from dynadepth.errors import ConfigError, DataError, TuningError
 from dynadepth.routing.sublayer import is_attached_name
 from dynadepth.tuning.data import Example, pad_token_id
 from dynadepth.tuning.formats import encode_chat
@@ -53,22 +54,36 @@ def self_examples(
     batch_size: int = 128,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
+    max_length: int | None = None,
 ) -> list[Example]:
     """`n` examples in an order that `seed` decides: a prompt of `self_prompts` and the dense model's sampled answer.
 
     Domains take turns, so that every prefix of the list is balanced; beyond the number of prompts they are answered
     once more. A prompt is set in the chat template where the tokenizer has one, else simply continued. An answer ends
-    with an end-of-sequence token or after `max_new_tokens`. Routing is switched off meanwhile; the model's mode and
+    with an end-of-sequence token or after `max_new_tokens`, and is cut where prompt and answer run over `max_length`;
+    prompts that leave no room are dropped with one warning. Routing is switched off meanwhile; the model's mode and
     torch's generators are as before afterwards.
 
     With `cache_dir` answers are kept there after each batch, and a second call with the same model and arguments
     starts from them: what is lost by an interruption is at most one batch, and the result is the uninterrupted one.
-    Raises `ConfigError` for arguments out of range, `TuningError` where the folder cannot be written.
+    Raises `ConfigError` for arguments out of range, `TuningError` where the folder cannot be written, `DataError` where
+    no prompt leaves room for an answer.
     """
     prompts = _balanced(self_prompts(), n, random.Random(seed))
     jobs = [_Job(f"answer {key}", encode_chat(tokenizer, prompt)) for key, prompt in prompts]
     texts = _continue(model, tokenizer, jobs, max_new_tokens, seed, temperature, batch_size, progress, cache_dir)
-    return [Example(job.prompt + text, len(job.prompt)) for job, text in zip(jobs, texts, strict=True)]
+    pairs = zip(jobs, texts, strict=True)
+    examples = [Example((job.prompt + text)[:max_length], len(job.prompt)) for job, text in pairs]
+    fitting = [example for example in examples if len(example.input_ids) > example.prompt_length]
+    if not fitting:
+        raise DataError(f"None of the {n} prompts leaves room for an answer: raise max_length, which is {max_length}.")
+    if len(fitting) < n:
+        warnings.warn(
+            f"{n - len(fitting)} of {n} prompts leave no room for an answer within max_length={max_length} tokens and "
+            "were dropped.",
+            stacklevel=2,
+        )
+    return fitting
 
 
 def shipped_passages() -> list[dict[str, str]]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dynadepth.errors import DataError, did_you_mean
-
-Row = dict[str, Any]
+from dynadepth.errors import DataError, did_you_mean, user_path
+from dynadepth.records import Row, numbered_rows
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".csv", ".tsv", ".txt", ".parquet")
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -35,56 +29,19 @@ class Table:
 def open_table(source: str | Path) -> Table:
     """The rows of a JSON Lines file, or of the split `train` of a `datasets` name (`NAME`, `NAME:CONFIG`) or folder.
 
-    A text that names no file and does not look like one is taken for a data set. Blank lines are skipped, and gzip is
-    known by its content too. Raises `DataError` where the source is missing, damaged, empty, not UTF-8 or not one JSON
-    object on each line.
+    A text that names no file and does not look like one is taken for a data set. Raises `DataError` where the source is
+    missing, and as `numbered_rows` does.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
-        return _read_file(path)
+        lines, rows = zip(*numbered_rows(path), strict=True)
+        return Table(str(path), rows, lines)
     if path.is_dir():
         return _load_dataset(str(path))
     if isinstance(source, Path) or path.suffix in _FILE_SUFFIXES or source.startswith((".", "/", "~")):
         lost = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
         raise DataError(f"There is no file {path}.{lost}{_near(path)}")
     return _load_dataset(str(source))
-
-
-def _read_file(path: Path) -> Table:
-    rows: list[Row] = []
-    lines: list[int] = []
-    number = 0
-    try:
-        with path.open("rb") as probe:
-            packed = path.suffix == ".gz" or probe.read(2) == _GZIP_MAGIC
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    rows.append(_parse(raw, number, path))
-                    lines.append(number)
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three: no gzip file, cut short, damaged inside
-        raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
-    if not rows:
-        raise DataError(f"{path} is empty: it needs one JSON object on each line.")
-    return Table(str(path), rows, lines)
-
-
-def _parse(raw: bytes, number: int, path: Path) -> Row:
-    try:
-        row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{path} is not UTF-8 at line {number} (byte {byte:#04x}): save it as UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # not JSON, an endless number, nested too deeply
-        raise DataError(
-            f"{path} is not JSON at line {number} ({error}): a JSON Lines file has one whole object on each line."
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{path} has no JSON object at line {number} but a {type(row).__name__}: "
-            "a JSON Lines file has one whole object on each line."
-        )
-    return row
 
 
 def _load_dataset(name: str) -> Table:

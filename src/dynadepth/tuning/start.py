@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynadepth.budget import Batches, in_order, pin_threshold, prompts_to_batches, units_needed, up_to
+from dynadepth.architectures import decoder_of, text_config
+from dynadepth.budget import KEEPS, Batches, in_order, pin_threshold, prompts_to_batches, units_needed, up_to
 from dynadepth.dial import check_budget, set_budget
-from dynadepth.errors import ConfigError
+from dynadepth.errors import ConfigError, TuningError
 from dynadepth.methods import StaticConfig
+from dynadepth.model import disabled
 from dynadepth.routed import routing_of, unwrapped
 from dynadepth.routing.decision import Site
 from dynadepth.tuning.data import Example
@@ -44,6 +46,31 @@ def check_learnable(model: nn.Module, recipe: Recipe) -> None:
         )
     if recipe.joint < 1 and not routing.paths() and routing.lora is None:
         raise ConfigError(f"joint: {recipe.joint} leaves nothing to learn without skip paths or LoRA: set it to 1.")
+
+
+def check_numbers(model: nn.Module, example: Example) -> None:
+    """Raises TuningError where the dense model itself gives no numbers, which nothing can be fitted or tuned to."""
+    base: Any = unwrapped(model)
+    ids = torch.tensor([example.input_ids], device=next(base.parameters()).device)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), disabled(model):
+        states = decoder_of(base)(input_ids=ids, use_cache=False)[0]
+    model.train(training)
+    if not states.isfinite().all():
+        raise TuningError(
+            f"{type(base).__name__} overflows in {str(base.dtype).removeprefix('torch.')}, without any route: give "
+            "--dtype bfloat16 or float32."
+        )
+
+
+def freeze_base(model: nn.Module) -> None:
+    """A LoRA that PEFT put on the model is a part of the dense model, as `attach` leaves it; tuning is not to move it:
+    no checkpoint would hold it."""
+    routing = routing_of(model)
+    own = {id(p) for part in (*routing.routers().values(), *routing.paths().values()) for p in part.parameters()}
+    for parameter in unwrapped(model).parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
 
 
 def state_budget(
@@ -89,8 +116,7 @@ def initialise(model: nn.Module, recipe: Recipe, scores: Mapping[Site, float], b
 
 def fit_tokens(model: nn.Module) -> int:
     """How many tokens a model's skip paths are fitted on: the wider it is, the more features they have."""
-    hidden_size = unwrapped(model).config.get_text_config(decoder=True).hidden_size
-    return max(FIT_TOKENS, TOKENS_A_FEATURE * n_features(hidden_size))
+    return max(FIT_TOKENS, TOKENS_A_FEATURE * n_features(text_config(unwrapped(model)).hidden_size))
 
 
 def fit_batches(model: nn.Module, training: Sequence[Example], pad: int) -> Batches:
@@ -123,6 +149,11 @@ def start_by_token(
         batches = fit_batches(model, training, pad)
         fit_token_routers(model, batches, progress)
         pin_threshold(model, batches[-PINNED:], keep_of(model, budget))
+
+
+def shares_of(recipe: Recipe, keep: float) -> list[float]:
+    """The keep ratios that a run calibrates, where it is for `keep` and has routers; none by some recipes."""
+    return sorted({*KEEPS, round(keep, 4)}) if recipe.calibrate else []
 
 
 def held_out(recipe: Recipe, n_examples: int, shares: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from dynadepth.architectures import decoder_layers, decoder_of
 from dynadepth.errors import ConfigError, DataError, TuningError, did_you_mean
@@ -109,6 +109,15 @@ class RouterTrainer(Trainer):
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
         return self.optimizer
 
+    def go_on(self, checkpoint: Path, state: TrainerState) -> None:
+        """Trains the steps that are left from a checkpoint on. Where none are (the run was stopped later on),
+        transformers would train one step more."""
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+
     def check_finite(self) -> None:
         """After the last step, which no loss looks at: the last good parameters, and a TuningError, if it was bad."""
         if not all(
@@ -154,8 +163,10 @@ def rest_backbone(model: nn.Module) -> None:
     base = unwrapped(model)
     for module in base.modules():
         module.training = False
-    tuned = [*routing_of(model).routers().values(), *routing_of(model).paths().values()]
-    tuned += [part for name, part in base.named_modules() if "lora_" in name.rpartition(".")[2]]
+    routing = routing_of(model)
+    tuned = [*routing.routers().values(), *routing.paths().values()]
+    if routing.lora is not None:
+        tuned += routing.lora.parts()
     for module in chain((base, decoder_of(base), *decoder_layers(base)), *(part.modules() for part in tuned)):
         module.training = True
 
@@ -218,6 +229,18 @@ def check_trainable(recipe: Recipe) -> None:
         raise ConfigError(f"report_to: {error}") from error
 
 
+def check_device(model: nn.Module) -> None:
+    """Raises ConfigError for a model whole on another GPU than the first, to which transformers' trainer would move
+    it."""
+    base = unwrapped(model)
+    device = next(base.parameters()).device
+    if device.type == "cuda" and device.index not in (None, 0) and not getattr(base, "hf_device_map", None):
+        raise ConfigError(
+            f"The model is on {device}, and tuning runs on the first visible GPU: start Python with "
+            f"CUDA_VISIBLE_DEVICES={device.index}, or move the model to cuda:0."
+        )
+
+
 def trainer_for(
     model: nn.Module,
     training: list[Example],
@@ -255,6 +278,7 @@ def trainer_for(
         dataloader_pin_memory=device.type != "cpu",
         average_tokens_across_devices=False,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # one GPU, however many are visible: more would be a larger batch
     report = _Report(progress)
     routing = routing_of(model)
     served = recipe.budgets or (budget,)
