@@ -293,3 +293,22 @@ def test_a_static_route_as_dear_as_routers_of_tokens():
     detach(model)
     attach(model, MindSkipConfig(granularity="token", layers=(0, 1), skip_path="linear", skip_rank=2))
     assert choice.as_dear(model, 1.0, 64) == 1.0
+
+
+def test_routers_of_tokens_are_compared_at_equal_flops(monkeypatch):
+    """Not at an equal keep ratio: what a token skips is not all of a sublayer's work."""
+    asked = []
+
+    def noted(model, examples, collator, order, keeps, progress=None):
+        asked.extend(keeps)
+        return [[0.0] * len(examples) for _ in keeps]
+
+    monkeypatch.setattr(choice, "twins", noted)
+    model, held = tiny(), examples(12)
+    attach(model, MindSkipConfig(granularity="token", kv_policy="project", layers="all"))
+    for router in routing_of(model).routers().values():
+        torch.nn.init.normal_(router.weight)
+    calibrate(model, prompts_to_batches([example.input_ids for example in held], 0), (0.5,))
+    (row,) = choose(model, held, Collator(0), [0.5], dict.fromkeys(routing_of(model).sites, 1.0)).by_budget
+    assert asked == [row["keep_static"]]
+    assert row["keep"] + 0.02 < row["keep_static"] < 1

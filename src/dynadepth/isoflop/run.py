@@ -3,7 +3,7 @@
     DIR/cells/CELL.json   one finished run: settings, losses, FLOPs, times, provenance
     DIR/isoflop.json      the recipe and the table
     DIR/corpus            tokenizer and packed tokens of all cells
-    DIR/work/CELL         checkpoints of the cell at work; removed when it is finished
+    DIR/work/CELL         checkpoints of the cell at work; removed behind it, kept where its loss was no number
 
 A cell whose file is there, made with the same settings, is used as it is; one of other settings is an error that names
 the difference, before anything is trained. Nothing is remembered beside the files.
