@@ -97,3 +97,7 @@ def test_method_settings_are_checked_when_the_method_is_built():
 def test_a_method_that_trains_the_base_is_not_tuned() -> None:
     with pytest.raises(ConfigError, match="'mod' is trained together with the whole model"):
         load_recipe("mindskip-paper").for_method("mod").config()
+
+
+def test_the_default_measures_which_order_a_model_wants():
+    assert load_recipe("default").order == "auto"
